@@ -1,0 +1,7 @@
+#include "bindings/module.h"
+
+namespace pds {
+
+void bind_noise(pybind11::module_&) {}
+
+}  // namespace pds

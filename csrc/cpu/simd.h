@@ -1,0 +1,107 @@
+// A float vector as wide as the instruction set, on GCC vector extensions: one source, compiled once per set. The few
+// operations that the extensions lack (max, blends, conversions, reductions) are here. Include it from op files only
+// (it needs PDS_ISA).
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#define PDS_WIDTH 16
+#elif defined(__AVX2__)
+#define PDS_WIDTH 8
+#else
+#define PDS_WIDTH 4
+#endif
+
+namespace pds {
+namespace PDS_ISA {
+
+constexpr int kWidth = PDS_WIDTH;
+typedef float vfloat __attribute__((vector_size(PDS_WIDTH * 4)));
+typedef int32_t vint __attribute__((vector_size(PDS_WIDTH * 4)));
+typedef uint32_t vuint __attribute__((vector_size(PDS_WIDTH * 4)));
+typedef float vfloat_unaligned __attribute__((vector_size(PDS_WIDTH * 4), aligned(4)));
+
+#define PDS_INLINE inline __attribute__((always_inline))
+
+PDS_INLINE vfloat splat(float x) { return x - vfloat{}; }
+PDS_INLINE vint splat(int32_t x) { return x - vint{}; }
+PDS_INLINE vfloat load(const float* p) { return *reinterpret_cast<const vfloat_unaligned*>(p); }
+PDS_INLINE void store(float* p, vfloat x) { *reinterpret_cast<vfloat_unaligned*>(p) = x; }
+PDS_INLINE vfloat as_float(vint x) { return reinterpret_cast<vfloat>(x); }
+PDS_INLINE vint as_int(vfloat x) { return reinterpret_cast<vint>(x); }
+PDS_INLINE vfloat select(vint mask, vfloat yes, vfloat no) { return mask ? yes : no; }
+PDS_INLINE vfloat vmax(vfloat a, vfloat b) { return a > b ? a : b; }
+PDS_INLINE vfloat vmin(vfloat a, vfloat b) { return a < b ? a : b; }
+
+// The first n (<= kWidth) elements; the rest reads as `fill`. Never touches memory past p + n.
+PDS_INLINE vfloat load_part(const float* p, int n, float fill = 0.f) {
+  vfloat x = splat(fill);
+  for (int i = 0; i < n; ++i) x[i] = p[i];
+  return x;
+}
+PDS_INLINE void store_part(float* p, vfloat x, int n) {
+  for (int i = 0; i < n; ++i) p[i] = x[i];
+}
+
+PDS_INLINE float sum(vfloat x) {
+  float total = 0.f;
+  for (int i = 0; i < kWidth; ++i) total += x[i];
+  return total;
+}
+PDS_INLINE float max(vfloat x) {
+  float best = x[0];
+  for (int i = 1; i < kWidth; ++i) best = x[i] > best ? x[i] : best;
+  return best;
+}
+
+// exp(x) to about 2 ulp for x <= 88 (clamped below at -87.3, where it is about 1e-38). Cephes polynomial.
+PDS_INLINE vfloat vexp(vfloat x) {
+  x = vmin(vmax(x, splat(-87.3f)), splat(88.f));
+  const vfloat magic = splat(12582912.f);   // 1.5 * 2^23: adding it rounds to the nearest integer
+  const vfloat shifted = x * splat(1.44269504f) + magic;
+  const vfloat n = shifted - magic;
+  vfloat r = x - n * splat(0.693359375f);
+  r = r + n * splat(2.12194440e-4f);
+  vfloat p = splat(1.9875691500e-4f);
+  p = p * r + splat(1.3981999507e-3f);
+  p = p * r + splat(8.3334519073e-3f);
+  p = p * r + splat(4.1665795894e-2f);
+  p = p * r + splat(1.6666665459e-1f);
+  p = p * r + splat(5.0000001201e-1f);
+  p = p * r * r + r + splat(1.f);
+  const vint exponent = (as_int(shifted) - splat(int32_t{0x4B400000}) + splat(int32_t{127})) << 23;
+  return p * as_float(exponent);
+}
+
+// bfloat16 <-> float32, round to nearest even; NaN stays NaN.
+typedef uint16_t vbf16 __attribute__((vector_size(PDS_WIDTH * 2)));
+typedef uint16_t vbf16_unaligned __attribute__((vector_size(PDS_WIDTH * 2), aligned(2)));
+PDS_INLINE vfloat load(const uint16_t* p) {
+  const vbf16 raw = *reinterpret_cast<const vbf16_unaligned*>(p);
+  return reinterpret_cast<vfloat>(__builtin_convertvector(raw, vuint) << 16);
+}
+PDS_INLINE void store(uint16_t* p, vfloat x) {
+  const vuint bits = reinterpret_cast<vuint>(x);
+  const vuint rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  const vuint nan = (bits >> 16) | 0x40u;
+  const vuint out = (x == x) ? rounded : nan;
+  *reinterpret_cast<vbf16_unaligned*>(p) = __builtin_convertvector(out, vbf16);
+}
+PDS_INLINE float to_float(float x) { return x; }
+PDS_INLINE float to_float(uint16_t x) {
+  const uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+PDS_INLINE void from_float(float& out, float x) { out = x; }
+PDS_INLINE void from_float(uint16_t& out, float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  out = (x == x) ? static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16)
+                 : static_cast<uint16_t>((bits >> 16) | 0x40u);
+}
+
+}  // namespace PDS_ISA
+}  // namespace pds

@@ -1,0 +1,96 @@
+"""The compiled module ``pydiffseq._C`` and what every op shares: registration, pointers, argument checks.
+
+Ops are registered from Python with ``torch.library``; kernels take raw pointers. Where ``_C`` was not built, ``C`` is
+``None``, the ops run on :mod:`pydiffseq.ops.reference`, and the first op that is called says so once.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+try:
+    if os.environ.get("PYDIFFSEQ_EXTENSION") == "0":  # lets a test or a user run the plain-torch fallback
+        raise ImportError("switched off by PYDIFFSEQ_EXTENSION=0")
+    from pydiffseq import _C as C
+except ImportError as error:
+    C = None
+    MISSING_REASON = str(error)
+else:
+    MISSING_REASON = ""
+
+library = torch.library.Library("pydiffseq", "DEF")
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+
+
+@functools.cache
+def _share_torch_threads() -> None:
+    """Make the kernels use the OpenMP pool that torch has loaded (see csrc/cpu/parallel.h)."""
+    folder = Path(torch.__file__).parent
+    candidates = [*sorted((folder / "lib").glob("libgomp*")), *sorted((folder.parent / "torch.libs").glob("libgomp*"))]
+    any(C.use_openmp_library(str(path)) for path in candidates)
+
+
+def kernels() -> bool:
+    """Whether the CPU kernels can run; sets their thread count to torch's. Warns once where they were not built."""
+    if C is None:
+        _warn_missing()
+        return False
+    _share_torch_threads()
+    C.set_num_threads(torch.get_num_threads())
+    return True
+
+
+@functools.cache
+def _warn_missing() -> None:
+    warnings.warn(
+        f"pydiffseq._C is not available ({MISSING_REASON}); the ops run on plain torch, which is slower. "
+        "Install a C++17 compiler and reinstall pydiffseq to get the kernels.", stacklevel=4)
+
+
+def use_kernel(*tensors: Tensor | None) -> bool:
+    """Whether all given tensors have a dtype that the CPU kernels take (float32 or bfloat16) and ``_C`` is there."""
+    return all(t is None or t.dtype in KERNEL_DTYPES for t in tensors) and kernels()
+
+
+def pointer(tensor: Tensor | None) -> int:
+    """Address of the first element; 0 for ``None``. The caller keeps the tensor alive and contiguous."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def draw_seed(seed: int | Tensor | None = None) -> Tensor:
+    """A Philox key as an int64 tensor ``[1]`` on the CPU; drawn from torch's generator when ``seed`` is ``None``."""
+    if seed is None:
+        return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64)
+    if isinstance(seed, Tensor):
+        if seed.numel() != 1 or seed.dtype != torch.int64:
+            raise TypeError(f"seed must be an int or an int64 tensor of one element, got {seed.dtype} {tuple(seed.shape)}")
+        return seed.reshape(1)
+    return torch.tensor([seed], dtype=torch.int64)
+
+
+def check_float(name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+
+
+def check_shape(name: str, tensor: Tensor, *shapes: tuple[int, ...]) -> None:
+    """Raise ``ValueError`` unless ``tensor`` has one of ``shapes``."""
+    if tuple(tensor.shape) not in shapes:
+        accepted = " or ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(f"{name} must have shape {accepted}, got {list(tensor.shape)}")
+
+
+def check_same_device(**tensors: Tensor | None) -> None:
+    """Raise ``ValueError`` naming the first tensor whose device differs from the first one's."""
+    present = [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
+    first, device = present[0][0], present[0][1].device
+    for name, tensor in present[1:]:
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, but {first} is on {device}; put both on one device")
