@@ -1,0 +1,5 @@
+import sys
+
+from pydiffseq.cli import main
+
+sys.exit(main())

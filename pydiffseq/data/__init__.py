@@ -1,0 +1,1 @@
+"""Corpus preparation: parallel text to fairseq's binarised data (used by ``pydiffseq prepare``)."""
