@@ -78,8 +78,8 @@ def xy_steps(T: int, lengths: Tensor | int, max_len: int, steps: int, anchor_sca
         end: ``"zero"`` (published) or ``"clean"``; see the module.
 
     Returns:
-        ``steps`` transitions of int64 tensors ``[B, max_len]`` (``[1, max_len]`` for an int length); one less where every
-        sentence visits index 0 by itself and ``end`` is ``"zero"``.
+        ``steps`` transitions of int64 tensors ``[B, max_len]`` (``[1, max_len]`` for an int length), on the device of
+        ``lengths``; one less where every sentence visits index 0 by itself and ``end`` is ``"zero"``.
 
     Raises:
         ValueError: ``steps < 1``, ``steps > T + N`` for some sentence, or ``anchor_scale <= 0``.

@@ -1,8 +1,8 @@
 """Token timesteps: which noise level each token has, and how training draws it.
 
 AR-Diffusion (Wu et al. 2023, section 3.1) moves all tokens of a sentence by one index ``s`` in ``0..T+N-1``. The token
-times lie on a line in the (position n, timestep t) plane through a start point that ``s`` moves and a fixed anchor point,
-so a token on the left is never noisier than one on its right.
+times lie on a line in the (position n, timestep t) plane, through a start point that ``s`` moves and a fixed anchor, so
+a token on the left is never noisier than one on its right.
 """
 
 from __future__ import annotations
