@@ -63,13 +63,15 @@ def xy_token_timesteps(s: Tensor, lengths: Tensor, max_len: int, T: int, anchor_
 class TimestepSampler(Protocol):
     """Draws the timesteps of a training batch."""
 
-    def sample(self, lengths: Tensor, max_len: int, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
+    def sample(self, lengths: Tensor, max_len: int, generator: Generator | None = None,
+               uniform: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Draw timesteps for one batch.
 
         Args:
             lengths: int64 ``[B]`` target lengths.
             max_len: padded target length.
             generator: source of randomness; torch's default one on the device of ``lengths`` when ``None``.
+            uniform: float ``[B]`` in [0, 1) to use instead, so that the caller decides what a draw depends on.
 
         Returns:
             int64 timesteps, ``[B]`` or ``[B, max_len]``, and float32 ``[B]`` weights of each sentence's loss.
@@ -100,8 +102,9 @@ class UniformSampler:
     def __init__(self, T: int) -> None:
         self.T = T
 
-    def sample(self, lengths: Tensor, max_len: int, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
-        u = _uniform(len(lengths), lengths.device, generator)
+    def sample(self, lengths: Tensor, max_len: int, generator: Generator | None = None,
+               uniform: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        u = _uniform(len(lengths), lengths.device, generator) if uniform is None else uniform.double()
         return (u * self.T).long().clamp_max(self.T - 1), u.new_ones(len(u), dtype=torch.float32)
 
     def update(self, timesteps: Tensor, losses: Tensor) -> None:
@@ -122,8 +125,9 @@ class XYUniformSampler(UniformSampler):
         super().__init__(T)
         self.anchor_scale = anchor_scale
 
-    def sample(self, lengths: Tensor, max_len: int, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
-        u = _uniform(len(lengths), lengths.device, generator)
+    def sample(self, lengths: Tensor, max_len: int, generator: Generator | None = None,
+               uniform: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        u = _uniform(len(lengths), lengths.device, generator) if uniform is None else uniform.double()
         s = torch.minimum((u * (self.T + lengths)).long(), self.T + lengths - 1)
         timesteps = xy_token_timesteps(s, lengths, max_len, self.T, self.anchor_scale)
         return timesteps, u.new_ones(len(u), dtype=torch.float32)
@@ -160,10 +164,11 @@ class LossAwareSampler:
         warm = (self.seen >= self.losses.shape[1]).all() & (total > 0)
         return torch.where(warm, learned, torch.full_like(learned, 1 / self.T))
 
-    def sample(self, lengths: Tensor, max_len: int, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
+    def sample(self, lengths: Tensor, max_len: int, generator: Generator | None = None,
+               uniform: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self.to(lengths.device)
         p = self.probabilities()
-        u = _uniform(len(lengths), lengths.device, generator)
+        u = _uniform(len(lengths), lengths.device, generator) if uniform is None else uniform.double()
         cumulative = p.cumsum(0)
         timesteps = torch.searchsorted(cumulative, u * cumulative[-1], right=True).clamp_max(self.T - 1)
         return timesteps, (1 / (self.T * p[timesteps])).float()

@@ -1,0 +1,1 @@
+"""Layers: plain ``nn.Module`` building blocks on top of :mod:`pydiffseq.ops`."""

@@ -1,0 +1,66 @@
+"""fairseq's generator interface on :func:`pydiffseq.decoding.decode`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pydiffseq.decoding import DecodeOptions, Hypothesis, decode
+from pydiffseq.errors import InputError, input_errors
+from pydiffseq.fairseq_plugin.model import ARDiffusionModel
+
+
+class DiffusionGenerator:
+    """``generate(models, sample)`` -> for each sentence its hypotheses, best first, as fairseq's dictionaries."""
+
+    def __init__(self, dictionary, options: DecodeOptions) -> None:
+        self.options = options
+        self.eos, self.pad = dictionary.eos(), dictionary.pad()
+        self.symbols_to_strip_from_output = {self.eos, self.pad}
+
+    @torch.no_grad()
+    def generate(self, models, sample: dict[str, Any], prefix_tokens: Tensor | None = None,
+                 constraints: Tensor | None = None, **unused) -> list[list[dict[str, Any]]]:
+        if len(models) != 1:
+            raise InputError(f"diffusion decoding takes one checkpoint, got {len(models)}; average them first")
+        if prefix_tokens is not None or constraints is not None:
+            raise InputError("diffusion decoding takes neither --prefix-size nor --constraints")
+        model = models[0]
+        if not isinstance(model, ARDiffusionModel):
+            raise InputError(
+                f"task diffusion_seq2seq decodes diffusion models, but the checkpoint holds a {type(model).__name__}; "
+                "give a checkpoint trained with --arch ar_diffusion")
+        model.eval()
+        source = sample["net_input"]["src_tokens"]
+        ids = sample["id"] if sample.get("id") is not None else _content_ids(source, self.pad)
+        with input_errors():
+            hypotheses = decode(model.network(), source, ids.to(source.device), self.options)
+        return [[self._as_fairseq(hypothesis) for hypothesis in group] for group in hypotheses]
+
+    def _as_fairseq(self, hypothesis: Hypothesis) -> dict[str, Any]:
+        return {
+            "tokens": hypothesis.tokens,
+            "score": hypothesis.score,
+            "positional_scores": hypothesis.token_scores.clone(),   # fairseq divides it in place
+            "alignment": None,
+            "attention": None,
+            "steps": self.options.steps,
+            "history": [{"tokens": tokens} for tokens in hypothesis.history],
+        }
+
+
+def _content_ids(source: Tensor, pad: int) -> Tensor:
+    """Sentence ids from the words alone, int64 ``[B]`` below 2^31, where the command gives none (fairseq-interactive).
+
+    So a line has one translation, whatever stands around it.
+    """
+    ids = []
+    for row in source.tolist():
+        value = 0
+        for token in row:
+            if token != pad:
+                value = (value * 1_000_003 + token) % (2**31 - 1)
+        ids.append(value)
+    return torch.tensor(ids, dtype=torch.int64)

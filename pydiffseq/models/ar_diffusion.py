@@ -1,0 +1,208 @@
+"""AR-Diffusion (Wu et al., NeurIPS 2023): an encoder-decoder that denoises target embeddings, one timestep per token."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pydiffseq import ops
+from pydiffseq.diffusion import make_schedule, make_timestep_sampler
+from pydiffseq.models.config import ARDiffusionConfig
+from pydiffseq.models.losses import Losses
+from pydiffseq.nn.attention import KeyValue
+from pydiffseq.nn.embedding import LatentEmbedding
+from pydiffseq.nn.encoder import Encoder
+from pydiffseq.nn.length import LengthHead
+from pydiffseq.nn.time import TimeFeatures, TimeMLP
+from pydiffseq.nn.transformer import LN_EPS, DecoderBlock
+
+
+class Encoded(NamedTuple):
+    """What decoding needs of the source, computed once: keys and values per decoder layer, and what length needs."""
+
+    states: Tensor            # [B, S, H]
+    mask: Tensor              # bool [B, S]
+    memory: list[KeyValue]    # one per decoder block
+
+    def select(self, index: Tensor) -> Encoded:
+        """Rows ``index`` (int64 ``[M]``) of every part: repeats or drops sentences."""
+        memory = [KeyValue(kv.key[index], kv.value[index]) for kv in self.memory]
+        return Encoded(self.states[index], self.mask[index], memory)
+
+
+class Targets(NamedTuple):
+    tokens: Tensor    # int64 [B, N]
+    mask: Tensor      # bool [B, N]: the positions that are denoised and scored
+    lengths: Tensor   # int64 [B]
+
+
+def projection(input_dim: int, middle_dim: int, output_dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(input_dim, middle_dim), nn.Tanh(), nn.Linear(middle_dim, output_dim))
+
+
+class ARDiffusion(nn.Module):
+    """The network of spec 2.1-2.4 and its training losses of spec 2.6.
+
+    ``forward`` gives the losses of a batch; ``encode`` and ``denoise`` are what a solver needs.
+    """
+
+    def __init__(self, config: ARDiffusionConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        self.schedule = make_schedule(c.noise_schedule, c.diffusion_steps)
+        self.sampler = make_timestep_sampler(c.timestep_sampler, c.diffusion_steps, c.anchor_scale)
+        self.register_buffer("signal", self.schedule.signal.clone(), persistent=False)
+        self.register_buffer("sigma", self.schedule.sigma.clone(), persistent=False)
+
+        # The table is created before any other parameter; a padding row exists only where padding is never a target.
+        self.embedding = LatentEmbedding(c.vocabulary, c.latent_dim, norm=c.embedding_norm, scale=c.scale_embedding,
+                                         padding_idx=c.pad if c.length_policy == "predict" else None)
+        if c.share_embeddings:
+            self.source_projection = nn.Linear(c.latent_dim, c.hidden_dim)
+        else:
+            self.source_embedding = nn.Embedding(c.source_vocabulary, c.hidden_dim, padding_idx=c.pad)
+            nn.init.normal_(self.source_embedding.weight, std=0.02)
+        self.encoder = Encoder(c.hidden_dim, c.heads, c.ffn_dim, c.encoder_layers, c.source_positions, c.dropout,
+                               c.attention_dropout, pre_norm=c.encoder_pre_norm, pooler=not c.without_pooler)
+
+        input_dim = c.latent_dim * (2 if c.self_conditioning else 1)
+        self.input_up = projection(input_dim, 2 * c.hidden_dim, c.hidden_dim)
+        self.output_down = projection(c.hidden_dim, 2 * c.hidden_dim, c.latent_dim)
+        # As in the official code, the decoder's position table has as many rows as the encoder's.
+        self.positions = nn.Embedding(max(c.source_positions, c.target_length), c.hidden_dim)
+        self.input_norm = nn.LayerNorm(c.hidden_dim, LN_EPS)
+        self.time_features = TimeFeatures(c.diffusion_steps, c.time_dim)
+        self.time_mlp = TimeMLP(c.time_dim, c.hidden_dim) if c.time_injection == "add" else None
+        self.blocks = nn.ModuleList(
+            DecoderBlock(c.hidden_dim, c.heads, c.hidden_dim * 4, c.dropout, c.attention_dropout,
+                         time_dim=c.time_dim, injection=c.time_injection)
+            for _ in range(c.decoder_layers))
+        self.final_norm = nn.LayerNorm(c.hidden_dim, LN_EPS) if c.decoder_final_norm else None
+        self.length_head = (LengthHead(c.hidden_dim, c.target_length, c.length_feature,
+                                       relative=c.length_relative) if c.length_policy == "predict" else None)
+
+    # --- the network ---
+
+    def encode(self, src_tokens: Tensor) -> Encoded:
+        """Source ids int64 ``[B, S]`` (padded with ``config.pad`` on either side) -> :class:`Encoded`."""
+        mask = src_tokens.ne(self.config.pad)
+        if self.config.share_embeddings:
+            words = self.source_projection(nn.functional.embedding(src_tokens, self.embedding.table()))
+        else:
+            words = self.source_embedding(src_tokens)
+        states = self.encoder(words, mask)
+        return Encoded(states, mask, [block.cross_attention.project(states) for block in self.blocks])
+
+    def denoise(self, x_t: Tensor, timesteps: Tensor, encoded: Encoded, mask: Tensor | None,
+                x_self: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+        """Predict x0 from x_t: ``[B, N, d] -> [B, N, d]``.
+
+        Args:
+            timesteps: int64 ``[B, N]`` in 0..T-1.
+            mask: bool ``[B, N]``, True = real position; ``None`` attends to all.
+            x_self: the previous x0_hat for self-conditioning, zeros when ``None``; ignored by a network without it.
+            lengths: int64 ``[B]``, needed with length prediction.
+        """
+        c = self.config
+        if c.self_conditioning:
+            x_t = torch.cat([torch.zeros_like(x_t) if x_self is None else x_self, x_t], dim=-1)
+        h = self.input_up(x_t) + self.positions.weight[: x_t.size(1)]
+        time = self.time_features(timesteps).to(h.dtype)
+        if self.time_mlp is not None:
+            h = h + self.time_mlp(time)
+        if self.length_head is not None:
+            h = h + self.length_head.table(lengths)[:, None]
+        h = ops.dropout(self.input_norm(h), c.dropout, training=self.training)
+        for block, source in zip(self.blocks, encoded.memory, strict=True):
+            h = block(h, mask, source, encoded.mask, time)
+        return self.output_down(h if self.final_norm is None else self.final_norm(h))
+
+    def length_logits(self, encoded: Encoded) -> Tensor:
+        """Scores of target lengths 0..target_length, float32 ``[B, target_length + 1]``."""
+        return self.length_head(encoded.states, encoded.mask)
+
+    # --- training ---
+
+    def layout(self, target: Tensor) -> Targets:
+        """The tokens to denoise, from fairseq targets int64 ``[B, M]`` (with ``</s>``, padded on the right).
+
+        ``pad``: exactly ``target_length`` tokens; ``</s>`` and padding are ordinary tokens that the network must
+        produce. ``predict``: the words alone; ``</s>`` is dropped, since the length head says where the end is.
+        """
+        c = self.config
+        if c.length_policy == "pad":
+            tokens = nn.functional.pad(target, (0, max(0, c.target_length - target.size(1))), value=c.pad)
+            tokens = tokens[:, : c.target_length].contiguous()
+            lengths = torch.full((len(tokens),), tokens.size(1), device=tokens.device)
+            return Targets(tokens, torch.ones_like(tokens, dtype=torch.bool), lengths)
+        lengths = (target.ne(c.pad) & target.ne(c.eos)).sum(1)
+        width = max(1, min(target.size(1) - 1, c.target_length))
+        tokens = target[:, :width].masked_fill(target[:, :width].eq(c.eos), c.pad)
+        lengths = lengths.clamp_max(c.target_length)
+        return Targets(tokens, torch.arange(width, device=target.device) < lengths[:, None], lengths)
+
+    def forward(self, src_tokens: Tensor, target: Tensor, ids: Tensor | None = None,
+                seed: int | Tensor | None = None) -> Losses:
+        """Losses of a batch: sources int64 ``[B, S]``, targets int64 ``[B, M]`` (see :meth:`layout`).
+
+        ``ids``: int64 ``[B]`` sentence numbers. Timesteps and noise depend on ``seed`` and the sentence's id alone, so a
+        batch that is split over processes sees the same noise. ``seed`` is drawn from torch's generator when ``None``.
+        """
+        c = self.config
+        seed = ops.draw_seed(seed)
+        targets = self.layout(target)
+        rows = torch.arange(len(target), device=target.device) if ids is None else ids
+        timesteps, weights = self.sampler.sample(
+            targets.lengths, targets.tokens.size(1), uniform=sentence_uniform(seed, rows))
+        if timesteps.dim() == 1:
+            timesteps = timesteps[:, None].expand(-1, targets.tokens.size(1)).contiguous()
+        table = self.embedding.table()
+        x0, x_t = ops.embed_q_sample(
+            table, targets.tokens, timesteps, self.signal.float(), self.sigma.float() * c.noise_factor,
+            sigma0=float(self.schedule.sigma[0]) if not c.clean_x0 else 0.0, seed=seed, rows=rows)
+        encoded = self.encode(src_tokens)
+        mask = targets.mask if c.length_policy == "predict" else None
+        x_self = None
+        if c.self_conditioning and self._flip_coin(seed):
+            with torch.no_grad():
+                x_self = self.denoise(x_t, timesteps, encoded, mask, None, targets.lengths)
+        x0_hat = self.denoise(x_t, timesteps, encoded, mask, x_self, targets.lengths)
+        losses = self._losses(x0, x0_hat, table, targets, timesteps, weights)
+        if self.length_head is not None:
+            losses.per_sentence["length"] = nn.functional.cross_entropy(
+                self.length_logits(encoded), targets.lengths, reduction="none")
+        return losses
+
+    def _flip_coin(self, seed: Tensor) -> bool:
+        """Whether this batch is self-conditioned: a function of the seed, so every process decides alike."""
+        return (int(seed) * 2654435761 >> 16) % 65536 < self.config.self_conditioning * 65536
+
+    def _losses(self, x0: Tensor, x0_hat: Tensor, table: Tensor, targets: Targets, timesteps: Tensor,
+                weights: Tensor) -> Losses:
+        """The per-token terms of spec 2.6: mse (against Emb(w) where t = 0), the prior term tT and the token CE."""
+        c = self.config
+        goal = x0
+        if not c.clean_x0:
+            clean = nn.functional.embedding(targets.tokens, table)
+            goal = torch.where(timesteps.eq(0)[..., None], clean, x0)
+        scored = x0 if c.ce_on == "x0" else x0_hat
+        nll = ops.linear_cross_entropy(
+            scored.flatten(0, 1), self.embedding.head_table(), self.embedding.bias,
+            targets.tokens.masked_fill(~targets.mask, -100).flatten(), label_smoothing=c.label_smoothing)
+        keep = targets.mask.float() * weights[:, None]
+        per_token = {
+            "mse": (goal.float() - x0_hat.float()).square().mean(-1) * keep,
+            "nll": nll.view_as(keep) * keep,
+        }
+        if not c.clean_x0:   # without x0 noise on a normalised table the term is a constant
+            per_token["prior"] = x0.float().square().mean(-1) * float(self.schedule.abar[-1]) * keep
+        return Losses(per_token, targets.mask, timesteps, c.diffusion_steps)
+
+
+def sentence_uniform(seed: Tensor, rows: Tensor) -> Tensor:
+    """One uniform number per sentence in [0, 1), float32 ``[B]``: a function of the seed and the sentence's id."""
+    normal = ops.philox_normal((len(rows), 1, 1), seed=seed, rows=rows, stream="timestep").flatten()
+    return (0.5 * torch.erfc(-normal / math.sqrt(2.0))).clamp(0.0, 1.0 - 2.0**-24)

@@ -1,0 +1,81 @@
+"""Attention layers on the fused per-token-timestep attention op. Layout ``[B, N, heads, head_dim]`` throughout."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pydiffseq import ops
+
+
+class KeyValue(NamedTuple):
+    """Keys and values of one cross-attention layer, each ``[B, S, heads, head_dim]``: constant while decoding."""
+
+    key: Tensor
+    value: Tensor
+
+
+def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
+    """``[B, N, parts * H]`` -> ``parts`` views ``[B, N, heads, H / heads]``; no copy."""
+    batch, length, width = x.shape
+    return x.view(batch, length, parts, heads, width // (parts * heads)).unbind(2)
+
+
+class SelfAttention(nn.Module):
+    """Self-attention whose keys may carry a time term (AR-Diffusion's ``txl`` and ``rotary`` injections).
+
+    ``injection`` is ``None`` (plain), ``"txl"`` (score ``(q+u).k + (q+w).tau``, ``tau`` by key position) or ``"rotary"``
+    (learned rotation of q, k and v). ``u`` and ``w`` start uniform in [0, 1), as published.
+    """
+
+    def __init__(self, hidden_dim: int, heads: int, dropout: float, attention_dropout: float, *, bias: bool,
+                 injection: str | None = None) -> None:
+        super().__init__()
+        self.heads, self.dropout, self.attention_dropout, self.injection = heads, dropout, attention_dropout, injection
+        self.qkv = nn.Linear(hidden_dim, 3 * hidden_dim, bias=bias)
+        self.out = nn.Linear(hidden_dim, hidden_dim)
+        if injection == "txl":
+            self.content_bias = nn.Parameter(torch.rand(heads, hidden_dim // heads))
+            self.time_bias = nn.Parameter(torch.rand(heads, hidden_dim // heads))
+
+    def forward(self, x: Tensor, mask: Tensor | None, residual: Tensor, time: Tensor | None = None) -> Tensor:
+        """``residual + dropout(attention(x))``, ``[B, N, H]``.
+
+        ``mask``: bool ``[B, N]``, True = real position. ``time``: ``[B, N, H]``, the block's time projection.
+        """
+        q, k, v = split_heads(self.qkv(x), 3, self.heads)
+        dropout_p = self.attention_dropout if self.training else 0.0
+        if self.injection == "rotary":
+            rotation = split_heads(time, 1, self.heads)[0]
+            attended = ops.rotary_timestep_attention(q, k, v, rotation, key_mask=mask, dropout_p=dropout_p)
+        elif self.injection == "txl":
+            tau = split_heads(time, 1, self.heads)[0]
+            attended = ops.timestep_attention(
+                q, k, v, tau, self.content_bias, self.time_bias, key_mask=mask, dropout_p=dropout_p)
+        else:
+            attended = ops.timestep_attention(q, k, v, key_mask=mask, dropout_p=dropout_p)
+        return ops.dropout_add(self.out(attended.flatten(2)), residual, self.dropout, training=self.training)
+
+
+class CrossAttention(nn.Module):
+    """Attention from target positions to encoder states."""
+
+    def __init__(self, hidden_dim: int, heads: int, dropout: float, attention_dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout, self.attention_dropout = heads, dropout, attention_dropout
+        self.query = nn.Linear(hidden_dim, hidden_dim, bias=False)
+        self.key_value = nn.Linear(hidden_dim, 2 * hidden_dim, bias=False)
+        self.out = nn.Linear(hidden_dim, hidden_dim)
+
+    def project(self, states: Tensor) -> KeyValue:
+        """Keys and values of encoder states ``[B, S, H]``; they do not change during denoising."""
+        return KeyValue(*split_heads(self.key_value(states), 2, self.heads))
+
+    def forward(self, x: Tensor, source: KeyValue, mask: Tensor | None, residual: Tensor) -> Tensor:
+        """``residual + dropout(attention(x -> source))``, ``[B, N, H]``; ``mask``: bool ``[B, S]``."""
+        query = split_heads(self.query(x), 1, self.heads)[0]
+        attended = ops.timestep_attention(query, source.key, source.value, key_mask=mask,
+                                          dropout_p=self.attention_dropout if self.training else 0.0)
+        return ops.dropout_add(self.out(attended.flatten(2)), residual, self.dropout, training=self.training)

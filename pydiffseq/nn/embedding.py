@@ -1,0 +1,35 @@
+"""The target token table: embeds tokens into the latent space and, tied, scores them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LatentEmbedding(nn.Module):
+    """Table ``[V, d]`` with a tied head ``logits = x . table^T + bias``.
+
+    ``norm`` puts an affine-free layer norm on every row, which keeps the embeddings on a sphere of radius sqrt(d), so that
+    they cannot shrink to make the mean squared error small. ``scale`` multiplies embeddings (not the head) by sqrt(d), as
+    the official ``scale_embedding``.
+    """
+
+    def __init__(self, vocabulary: int, dim: int, *, norm: bool = False, scale: bool = False,
+                 padding_idx: int | None = None) -> None:
+        super().__init__()
+        self.norm, self.scale = norm, scale
+        self.weight = nn.Parameter(torch.randn(vocabulary, dim))
+        self.bias = nn.Parameter(torch.zeros(vocabulary))
+        if padding_idx is not None and not norm:
+            with torch.no_grad():
+                self.weight[padding_idx].zero_()
+
+    def head_table(self) -> Tensor:
+        """The rows that score tokens, ``[V, d]``."""
+        return F.layer_norm(self.weight, self.weight.shape[-1:]) if self.norm else self.weight
+
+    def table(self) -> Tensor:
+        """The rows that embed tokens, ``[V, d]``."""
+        table = self.head_table()
+        return table * table.size(-1) ** 0.5 if self.scale else table

@@ -1,0 +1,48 @@
+"""Time features of the diffusion step and the networks that embed them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pydiffseq import ops
+
+
+def sinusoid_table(steps: int, dim: int) -> Tensor:
+    """Features of every timestep, float32 ``[steps, dim]``: ``[cos, sin]`` of the rescaled time ``t * 1000 / steps``.
+
+    Frequencies are ``exp(-ln(10000) i / (dim/2))`` (DiffuSeq and AR-Diffusion put the cosines first).
+    """
+    half = dim // 2
+    frequency = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float64) / half)
+    angle = (torch.arange(steps, dtype=torch.float64) * (1000.0 / steps))[:, None] * frequency
+    table = torch.cat([angle.cos(), angle.sin()], dim=-1)
+    return F.pad(table, (0, dim % 2)).float()
+
+
+class TimeFeatures(nn.Module):
+    """Looks up sinusoidal features by timestep: int64 ``[...]`` in ``0..steps-1`` -> ``[..., dim]``."""
+
+    def __init__(self, steps: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("table", sinusoid_table(steps, dim), persistent=False)
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        return F.embedding(timesteps, self.table)
+
+
+class TimeMLP(nn.Module):
+    """``Linear -> SiLU -> Linear``: time features ``[..., time_dim]`` -> ``[..., hidden_dim]`` (width 4 x inside)."""
+
+    def __init__(self, time_dim: int, hidden_dim: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.up = nn.Linear(time_dim, 4 * time_dim)
+        self.down = nn.Linear(4 * time_dim, hidden_dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        features = ops.dropout(features, self.dropout, training=self.training)
+        return self.down(F.silu(self.up(features)))
