@@ -150,7 +150,7 @@ def progress(items: Iterable[Item], label: str, total: int | None, quiet: bool) 
 
 
 def make_encoder(args: argparse.Namespace, train: Corpus, size: int) -> tuple[Encoder, np.ndarray | None]:
-    """The encoder that the options ask for, and counts int64 ``[V]`` (zero) if its dictionary is still to be counted."""
+    """The encoder that the options ask for, and zeros int64 ``[V]`` if its dictionary is still to be counted."""
     import numpy as np
 
     from pydiffseq.data import vocabulary

@@ -1,0 +1,91 @@
+"""Repairs of fairseq that a user of the stock commands would otherwise trip over.
+
+:func:`apply` is called when the plug-in is imported; every repair changes nothing for those who do not need it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import functools
+import os
+import sys
+import typing
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from fairseq import options, utils
+
+PACKAGE = os.path.realpath(os.path.join(os.path.dirname(__file__), os.pardir))
+PLUGIN_NAMES = ("pydiffseq", "pydiffseq.fairseq_plugin", os.path.join("pydiffseq", "fairseq_plugin"))
+
+
+def apply() -> None:
+    """Apply all repairs; a second call does nothing."""
+    allow_checkpoint_types()
+    if not hasattr(options.parse_args_and_arch, "__wrapped__"):
+        options.parse_args_and_arch = without_implied_tpu(options.parse_args_and_arch)
+    if not hasattr(utils.import_user_module, "__wrapped__"):
+        utils.import_user_module = accept_own_user_dir(utils.import_user_module)
+
+
+def checkpoint_types() -> list:
+    """What fairseq's checkpoints and its broadcast of them hold beside tensors and plain containers."""
+    from omegaconf import DictConfig, ListConfig
+    from omegaconf.base import ContainerMetadata, Metadata
+    from omegaconf.nodes import AnyNode
+
+    reconstruct, scalar = np.empty(0).__reduce__()[0], np.float64(0).__reduce__()[0]
+    numbers = [np.int32, np.int64, np.float32, np.float64, np.bool_]
+    return [
+        argparse.Namespace, collections.defaultdict, collections.OrderedDict, dict, list, set, tuple, int, float, str,
+        typing.Any, DictConfig, ListConfig, ContainerMetadata, Metadata, AnyNode,
+        # The meters of --eval-bleu are numpy scalars and arrays.
+        np.ndarray, np.dtype, reconstruct, scalar,
+        # numpy 1 wrote these names, numpy 2 reads them.
+        (reconstruct, "numpy.core.multiarray._reconstruct"), (scalar, "numpy.core.multiarray.scalar"),
+        *numbers, *(type(np.dtype(number)) for number in numbers),
+    ]
+
+
+def allow_checkpoint_types() -> None:
+    """Let ``torch.load`` read fairseq's checkpoints with ``weights_only=True``, its default since torch 2.6."""
+    torch.serialization.add_safe_globals(checkpoint_types())
+
+
+def without_implied_tpu(parse: Callable) -> Callable:
+    """Wrap ``options.parse_args_and_arch``, where ``--bf16`` switches ``--tpu`` on, so that only ``--tpu`` does."""
+
+    @functools.wraps(parse)
+    def parse_args_and_arch(parser: argparse.ArgumentParser, input_args: Sequence[str] | None = None,
+                            *args: typing.Any, **kwargs: typing.Any) -> typing.Any:
+        result = parse(parser, input_args, *args, **kwargs)
+        namespace = result[0] if isinstance(result, tuple) else result
+        words = sys.argv[1:] if input_args is None else input_args
+        if getattr(namespace, "tpu", False) and "--tpu" not in words:
+            namespace.tpu = False
+        return result
+
+    return parse_args_and_arch
+
+
+def accept_own_user_dir(import_user_module: Callable) -> Callable:
+    """Wrap ``utils.import_user_module`` so that a ``--user-dir`` naming this package, already imported, is satisfied.
+
+    fairseq itself compares paths as they are written and takes another spelling of the same folder for a clash.
+    """
+
+    @functools.wraps(import_user_module)
+    def import_user_module_once(args: typing.Any) -> None:
+        folder = getattr(args, "user_dir", None)
+        if folder is None or not _is_own(str(folder)):
+            import_user_module(args)
+
+    return import_user_module_once
+
+
+def _is_own(folder: str) -> bool:
+    if os.path.exists(folder):
+        return os.path.realpath(folder) in (PACKAGE, os.path.join(PACKAGE, "fairseq_plugin"))
+    return os.path.normpath(folder) in PLUGIN_NAMES

@@ -1,0 +1,1 @@
+"""Found by ``fairseq-train --user-dir pydiffseq``: fairseq imports every module of a user folder's ``tasks``."""
