@@ -50,7 +50,8 @@ def xy_token_timesteps(s: Tensor, lengths: Tensor, max_len: int, T: int, anchor_
     check_anchor_scale(anchor_scale)
     check_timesteps("the sentence index s", s, 0, T - 1 + int(lengths.max()) if lengths.device.type == "cpu" else T)
     last = lengths - 1
-    start_n, start_t = (last - s).clamp_min(0), (s - last).clamp_min(0)
+    # t_s reaches T at the last s; one less changes no token, and keeps padding beyond the anchor from falling
+    start_n, start_t = (last - s).clamp_min(0), (s - last).clamp(0, T - 1)
     anchor_n = (lengths.double() * anchor_scale).floor().long()
     anchor_n = torch.maximum(anchor_n, start_n + 1)
     # float32 and this order of operations, because rounding half to even makes the last bit visible
