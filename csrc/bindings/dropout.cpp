@@ -1,7 +1,20 @@
+#include "common/dropout.h"
+
 #include "bindings/module.h"
 
-namespace pds {
+namespace py = pybind11;
 
-void bind_dropout(pybind11::module_&) {}
+namespace pds {
+namespace {
+
+void run_dropout(Address x, Address residual, Address out, int64_t n, Address seed, uint32_t threshold, bool bf16) {
+  const float scale = threshold >= kDropoutAll ? 0.f : 65536.f / static_cast<float>(kDropoutAll - threshold);
+  cpu::dropout(DropoutArgs{pointer<const void>(x), pointer<const void>(residual), pointer<void>(out), n,
+                           static_cast<uint64_t>(*pointer<const int64_t>(seed)), threshold, scale, bf16});
+}
+
+}  // namespace
+
+void bind_dropout(py::module_& m) { m.def("dropout", &run_dropout, py::call_guard<py::gil_scoped_release>()); }
 
 }  // namespace pds

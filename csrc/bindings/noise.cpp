@@ -1,7 +1,79 @@
+#include <pybind11/stl.h>
+
+#include "common/noise.h"
+
+#include <array>
+#include <vector>
+
 #include "bindings/module.h"
 
-namespace pds {
+namespace py = pybind11;
 
-void bind_noise(pybind11::module_&) {}
+namespace pds {
+namespace {
+
+// `seed` is the address of an int64: the key never travels through Python.
+NoiseKey make_key(Address seed, Address rows, uint32_t step) {
+  return NoiseKey{static_cast<uint64_t>(*pointer<const int64_t>(seed)), pointer<const int64_t>(rows), step};
+}
+
+// Returns (token with a bad t or -1, token with a bad id or -1).
+std::pair<int64_t, int64_t> run_q_sample(Address source, Address ids, Address t, Address signal, Address sigma,
+                                         Address mask, Address x0, Address x_t, Address eps, Address seed, Address rows,
+                                         uint32_t step, int64_t B, int64_t N, int64_t d, int64_t T, int64_t V,
+                                         float sigma0, bool t_per_token, bool bf16) {
+  int64_t bad_t = -1, bad_id = -1;
+  cpu::q_sample(QSampleArgs{pointer<const void>(source), pointer<const int64_t>(ids), pointer<const int64_t>(t),
+                            pointer<const float>(signal), pointer<const float>(sigma), pointer<const uint8_t>(mask),
+                            pointer<void>(x0), pointer<void>(x_t), pointer<void>(eps), &bad_t, &bad_id,
+                            make_key(seed, rows, step), B, N, d, T, V, sigma0, t_per_token, bf16});
+  return {bad_t, bad_id};
+}
+
+void run_q_sample_backward(Address grad, Address t, Address signal, Address mask, Address out, int64_t B, int64_t N,
+                           int64_t d, int64_t T, bool t_per_token, bool bf16) {
+  cpu::q_sample_backward(QSampleBackwardArgs{pointer<const void>(grad), pointer<const int64_t>(t),
+                                             pointer<const float>(signal), pointer<const uint8_t>(mask),
+                                             pointer<void>(out), B, N, d, T, t_per_token, bf16});
+}
+
+void run_embed_backward(Address grad_x0, Address grad_x_t, Address ids, Address t, Address signal, Address mask,
+                        Address table, int64_t B, int64_t N, int64_t d, int64_t T, int64_t V, bool t_per_token,
+                        bool bf16) {
+  cpu::embed_backward(EmbedBackwardArgs{pointer<const void>(grad_x0), pointer<const void>(grad_x_t),
+                                        pointer<const int64_t>(ids), pointer<const int64_t>(t),
+                                        pointer<const float>(signal), pointer<const uint8_t>(mask),
+                                        pointer<float>(table), B, N, d, T, V, t_per_token, bf16});
+}
+
+void run_sampler_step(Address x, Address x0_hat, Address a, Address b, Address c, Address out, Address seed,
+                      Address rows, uint32_t step, int64_t B, int64_t N, int64_t d, bool bf16) {
+  cpu::sampler_step(SamplerStepArgs{pointer<const void>(x), pointer<const void>(x0_hat), pointer<const float>(a),
+                                    pointer<const float>(b), pointer<const float>(c), pointer<void>(out),
+                                    make_key(seed, rows, step), B, N, d, bf16});
+}
+
+void run_philox_normal(Address out, Address seed, Address rows, uint32_t step, uint32_t stream, int64_t B, int64_t N,
+                       int64_t d, bool bf16) {
+  cpu::philox_normal(NormalArgs{pointer<void>(out), make_key(seed, rows, step), stream, B, N, d, bf16});
+}
+
+std::vector<uint32_t> run_philox_words(std::array<uint32_t, 4> counter, uint64_t seed, int64_t count) {
+  std::vector<uint32_t> out(static_cast<size_t>(4 * count));
+  cpu::philox_words(PhiloxWordsArgs{{counter[0], counter[1], counter[2], counter[3]}, seed, count, out.data()});
+  return out;
+}
+
+}  // namespace
+
+void bind_noise(py::module_& m) {
+  const py::call_guard<py::gil_scoped_release> no_gil;
+  m.def("q_sample", &run_q_sample, no_gil);
+  m.def("q_sample_backward", &run_q_sample_backward, no_gil);
+  m.def("embed_backward", &run_embed_backward, no_gil);
+  m.def("sampler_step", &run_sampler_step, no_gil);
+  m.def("philox_normal", &run_philox_normal, no_gil);
+  m.def("philox_words", &run_philox_words, no_gil);
+}
 
 }  // namespace pds
