@@ -1,0 +1,104 @@
+#include <cmath>
+#include <limits>
+
+#include "cpu/timestep_attention.h"
+
+namespace pds {
+namespace PDS_ISA {
+namespace {
+
+struct Workspace {
+  Keys keys;
+  float *rows, *columns, *scores, *out;
+
+  Workspace(const TimestepAttentionArgs& a, const Sizes& s) {
+    const int64_t block = align_up(std::min(kQueryBlock, a.queries), kWidth);
+    Scratch& scratch = thread_scratch();
+    scratch.reserve(a.keys * (1 + s.key_ld + s.padded + block) + block * (3 * s.padded + kWidth + 1) + 256);
+    keys.index = reinterpret_cast<int32_t*>(scratch.take(a.keys));
+    keys.sum = scratch.take(a.keys * s.key_ld);
+    keys.value = scratch.take(a.keys * s.padded);
+    rows = scratch.take(block * s.padded);
+    columns = scratch.take(block * (s.padded + 1));
+    scores = scratch.take(a.keys * block);
+    out = scratch.take(block * s.padded);
+  }
+};
+
+// scores [keys][lanes] -> exp(score - largest), dropped ones 0; returns 1 / sum (times the survivors' factor) and the lse.
+template <bool kDropout>
+void softmax(const TimestepAttentionArgs& a, const Keys& keys, int64_t lanes, int64_t head, int64_t i0, float* scores,
+             float* inverse, float* lse) {
+  const float factor = kDropout ? survivor_factor(a) : 1.f;
+  for (int64_t l = 0; l < lanes; l += kWidth) {
+    float* column = scores + l;
+    vfloat top = load(column);
+    for (int64_t j = 1; j < keys.count; ++j) top = vmax(top, load(column + j * lanes));
+    vfloat total{};
+    DropoutLanes dropout(a, head, i0 + l);
+    for (int64_t j = 0; j < keys.count; ++j) {
+      vfloat p = exp_of_nonpositive(load(column + j * lanes) - top);
+      total += p;
+      if (kDropout) p = select(dropout.keep(keys.index[j]), p, vfloat{});
+      store(column + j * lanes, p);
+    }
+    store(inverse + l, splat(factor) / total);
+    for (int i = 0; i < kWidth; ++i) lse[l + i] = top[i] + std::log(total[i]);
+  }
+}
+
+template <typename T>
+void write_rows(const TimestepAttentionArgs& a, const Sizes& s, int64_t b, int64_t h, int64_t i0, int64_t n, const float* rows,
+                const float* factors) {
+  T* out = static_cast<T*>(a.out) + ((b * a.queries + i0) * a.heads + h) * a.dim;
+  for (int64_t i = 0; i < n; ++i, out += a.heads * a.dim) {
+    const vfloat f = splat(factors ? factors[i] : 0.f);
+    for (int64_t d = 0; d < s.dim; d += kWidth)
+      write(out + d, factors ? f * load(rows + i * s.padded + d) : vfloat{}, s.dim - d);
+  }
+}
+
+template <typename T>
+void attend_block(const TimestepAttentionArgs& a, const Sizes& s, Workspace& ws, int64_t b, int64_t h, int64_t i0) {
+  const int64_t n = std::min(kQueryBlock, a.queries - i0), lanes = align_up(n, kWidth);
+  const Keys& keys = ws.keys;
+  float* lse_out = a.lse + (b * a.heads + h) * a.queries + i0;
+  if (keys.count == 0) {
+    std::fill_n(lse_out, n, -std::numeric_limits<float>::infinity());
+    return write_rows<T>(a, s, b, h, i0, n, nullptr, nullptr);
+  }
+  gather_rows<T>(a.q, s, b, h, i0, n, lanes, ws.rows);
+  transpose_queries(s, ws.rows, lanes, a.scale, ws.columns);
+  multiply<false>(keys.count, lanes, {s.dim + s.bias, s.key_ld, lanes, lanes, false}, keys.sum, ws.columns, ws.scores);
+  alignas(64) float inverse[kQueryBlock], lse[kQueryBlock];
+  const auto run = a.drop_threshold ? &softmax<true> : &softmax<false>;
+  run(a, keys, lanes, b * a.heads + h, i0, ws.scores, inverse, lse);
+  std::copy_n(lse, n, lse_out);
+  multiply<true>(n, s.padded, {keys.count, lanes, s.padded, s.padded, false}, ws.scores, keys.value, ws.out);
+  write_rows<T>(a, s, b, h, i0, n, ws.out, inverse);
+}
+
+template <typename T>
+void forward(const TimestepAttentionArgs& a) {
+  const Sizes sizes(a);
+  const int64_t heads = a.batch * a.heads, blocks = (a.queries + kQueryBlock - 1) / kQueryBlock;
+  const int64_t parts = heads >= 4 * num_threads() ? 1 : blocks;   // few heads: share out their queries as well
+  parallel_ranges(heads * parts, 1, [&](int64_t begin, int64_t end) {
+    Workspace ws(a, sizes);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t head = task / parts, part = task % parts, b = head / a.heads, h = head % a.heads;
+      if (task == begin || part == 0) gather_keys<T>(a, sizes, b, h, ws.keys);
+      for (int64_t block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block)
+        attend_block<T>(a, sizes, ws, b, h, block * kQueryBlock);
+    }
+  });
+}
+
+}  // namespace
+
+void timestep_attention_forward(const TimestepAttentionArgs& args) {
+  args.bf16 ? forward<uint16_t>(args) : forward<float>(args);
+}
+
+}  // namespace PDS_ISA
+}  // namespace pds

@@ -1,0 +1,224 @@
+"""Attention whose keys carry a diffusion timestep each (AR-Diffusion's ``txl`` and ``rotary`` time injections)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pydiffseq.ops import reference
+from pydiffseq.ops._extension import C, check_float, check_same_device, draw_seed, library, pointer, use_kernel
+
+library.define(
+    "timestep_attention(Tensor q, Tensor k, Tensor v, Tensor? tau, Tensor? u, Tensor? w, Tensor? timesteps, "
+    "Tensor? key_mask, Tensor? seed, float dropout_p, float scale) -> (Tensor out, Tensor lse)")
+library.define(
+    "timestep_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? tau, Tensor? u, Tensor? w, "
+    "Tensor? timesteps, Tensor? key_mask, Tensor? seed, Tensor lse, float dropout_p, float scale) -> "
+    "(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor? grad_tau, Tensor? grad_u, Tensor? grad_w)")
+
+
+def timestep_attention(q: Tensor, k: Tensor, v: Tensor, tau: Tensor | None = None, u: Tensor | None = None,
+                       w: Tensor | None = None, *, timesteps: Tensor | None = None, key_mask: Tensor | None = None,
+                       dropout_p: float = 0.0, seed: int | Tensor | None = None, scale: float | None = None) -> Tensor:
+    """Attention with the scores ``scale * ((q_i + u) . k_j + (q_i + w) . tau_j)``; tau belongs to the key position.
+
+    The ``txl`` time attention of AR-Diffusion (Wu et al. 2023, arXiv 2305.09515; model_utils/CrossAttention.py of its
+    code), computed as ``q_i . (k_j + tau_j) + (u . k_j + w . tau_j)``. Without tau it is plain attention.
+
+    Args:
+        q: float [B, Nq, H, D]. All float tensors have q's dtype. Slices of a fused projection are taken as they are.
+        k, v: [B, Nk, H, D].
+        tau: time features [B, Nk, H, D], or a table [R, H, D] to be indexed by ``timesteps``, or None.
+        u, w: content and time bias [H, D], or None for zero.
+        timesteps: int64 [B, Nk], rows of the table; only together with a table.
+        key_mask: bool [B, Nk], True = attend. Masked keys cost no work. A query without keys gives 0.
+        dropout_p: probability of dropping an attention probability (in steps of 2**-16), in [0, 1).
+        seed: Philox key of the dropout, an int or int64 tensor of one element; drawn from torch's generator if None.
+        scale: D**-0.5 if None.
+
+    Returns:
+        [B, Nq, H, D] in q's dtype; sums run in float32 (float64 for float64). Differentiable once in q, k, v, tau, u, w.
+
+    Raises:
+        TypeError: a tensor is not of q's dtype, or timesteps not int64, or key_mask not bool.
+        ValueError: shapes do not fit, a timestep is outside the table, w comes without tau, or devices differ.
+    """
+    _check(q, k, v, tau, u, w, timesteps, key_mask)
+    key = _dropout_key(dropout_p, seed)
+    if scale is None:
+        scale = q.shape[3] ** -0.5
+    return torch.ops.pydiffseq.timestep_attention.default(
+        q, k, v, tau, u, w, timesteps, key_mask, key, dropout_p, scale)[0]
+
+
+def rotary_timestep_attention(q: Tensor, k: Tensor, v: Tensor, rotation: Tensor, *, key_mask: Tensor | None = None,
+                              dropout_p: float = 0.0, seed: int | Tensor | None = None,
+                              scale: float | None = None) -> Tensor:
+    """Plain attention after q, k **and v** were rotated by learned per-token (cos, sin).
+
+    The ``rotary`` time attention of AR-Diffusion's code (model_utils/CrossAttention.py): the first half of
+    ``rotation[b, n, h]`` acts as the cosines and the second as the sines (both unconstrained), and each interleaved pair
+    ``(x1, x2)`` of features becomes ``(x1 c - x2 s, x2 c + x1 s)``.
+
+    Args:
+        q, k, v: float [B, N, H, D], D even.
+        rotation: [B, N, H, D] of q's dtype.
+        key_mask, dropout_p, seed, scale: as in :func:`timestep_attention`.
+
+    Returns:
+        [B, N, H, D] in q's dtype. Differentiable once in q, k, v and rotation.
+
+    Raises:
+        TypeError, ValueError: as :func:`timestep_attention`; also for an odd D or a rotation of another shape.
+    """
+    if rotation.shape != q.shape or q.dim() != 4 or q.shape[3] % 2:
+        raise ValueError(f"rotation must have the shape of q, [B, N, H, D] with an even D, got {list(rotation.shape)} "
+                         f"for q {list(q.shape)}")
+    if rotation.dtype != q.dtype:
+        raise TypeError(f"rotation must have the dtype of q, {q.dtype}, got {rotation.dtype}")
+    check_same_device(q=q, rotation=rotation)
+    if k.shape != q.shape or v.shape != q.shape:
+        raise ValueError(f"k and v must have the shape of q, {list(q.shape)}, got {list(k.shape)} and {list(v.shape)}")
+    q, k, v = (reference.rotate_pairs(x, rotation) for x in (q, k, v))
+    return timestep_attention(q, k, v, key_mask=key_mask, dropout_p=dropout_p, seed=seed, scale=scale)
+
+
+def _dropout_key(dropout_p: float, seed: int | Tensor | None) -> Tensor | None:
+    if dropout_p == 0.0:
+        return None
+    if not 0.0 < dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    return draw_seed(seed)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, tau: Tensor | None, u: Tensor | None, w: Tensor | None,
+           timesteps: Tensor | None, key_mask: Tensor | None) -> None:
+    check_float("q", q)
+    if q.dim() != 4:
+        raise ValueError(f"q must have shape [B, Nq, H, D], got {list(q.shape)}")
+    batch, _, heads, dim = q.shape
+    if k.dim() != 4 or k.shape[0] != batch or k.shape[2:] != (heads, dim):
+        raise ValueError(f"k must have shape [{batch}, Nk, {heads}, {dim}] to go with q, got {list(k.shape)}")
+    tokens = (batch, k.shape[1])
+    _check_part("v", v, q, (k.shape,))
+    if tau is None:
+        if w is not None or timesteps is not None:
+            raise ValueError(f"{'timesteps' if w is None else 'w'} was given without tau, the time features it applies to")
+    elif timesteps is None:
+        _check_part("tau", tau, q, (k.shape,))
+    else:
+        if tau.dim() != 3 or tau.shape[1:] != (heads, dim):
+            raise ValueError(f"tau with timesteps must be a table of shape [R, {heads}, {dim}], got {list(tau.shape)}")
+        _check_part("tau", tau, q, (tau.shape,))
+        _check_tokens("timesteps", timesteps, torch.int64, tokens)
+    for name, bias in (("u", u), ("w", w)):
+        if bias is not None:
+            _check_part(name, bias, q, ((heads, dim),))
+    if key_mask is not None:
+        _check_tokens("key_mask", key_mask, torch.bool, tokens)
+    check_same_device(q=q, k=k, v=v, tau=tau, u=u, w=w, timesteps=timesteps, key_mask=key_mask)
+
+
+def _check_part(name: str, tensor: Tensor, q: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
+    if tensor.dtype != q.dtype:
+        raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {tensor.dtype}")
+    if tensor.shape not in shapes:
+        raise ValueError(f"{name} must have shape {list(shapes[0])}, got {list(tensor.shape)}")
+
+
+def _check_tokens(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have shape {list(shape)} (batch and keys), got {list(tensor.shape)}")
+
+
+def _heads(x: Tensor | None) -> tuple[Tensor | None, tuple[int, int, int, int]]:
+    """(x, address and strides of its batch, token and head dimensions); a table [R, H, D] has batch stride 0."""
+    if x is None:
+        return None, (0, 0, 0, 0)
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    return x, (x.data_ptr(), *((0,) if x.dim() == 3 else ()), *x.stride()[:-1])  # type: ignore[return-value]
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.is_contiguous() else x.contiguous()
+
+
+def _kernel_arguments(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, lse):
+    """What both bindings take first, and the tensors that must outlive the call."""
+    heads = [_heads(x) for x in (q, k, v, tau)]
+    rest = [_contiguous(x) for x in (timesteps, u, w, key_mask)]
+    sizes = (q.shape[0], q.shape[2], q.shape[1], k.shape[1], q.shape[3])
+    threshold = reference.attention_drop_threshold(dropout_p) if seed is not None else 0
+    key = int(seed) & 0xFFFFFFFFFFFFFFFF if threshold else 0
+    rows = tau.shape[0] if tau is not None and timesteps is not None else 0
+    arguments = (sizes, q.dtype == torch.bfloat16, scale, tuple(t[1] for t in heads), *(pointer(x) for x in rest), rows, key,
+                 threshold, lse.data_ptr())
+    return arguments, (heads, rest)
+
+
+def _forward_cpu(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale) -> tuple[Tensor, Tensor]:
+    if not use_kernel(q, k, v, tau, u, w):
+        return reference.timestep_attention(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale)
+    out, lse = _forward_fake(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale)
+    arguments, _alive = _kernel_arguments(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, lse)
+    C.timestep_attention_forward(*arguments, out.data_ptr())
+    return out, lse
+
+
+def _backward_cpu(grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed, lse, dropout_p, scale):
+    if not use_kernel(grad_out, q, k, v, tau, u, w):
+        return reference.timestep_attention_backward(
+            grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed, lse, dropout_p, scale)
+    lse = lse.contiguous()
+    arguments, _alive = _kernel_arguments(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, lse)
+    grad_q, grad_k, grad_v = q.new_empty(q.shape), q.new_empty(k.shape), q.new_empty(k.shape)
+    table = tau is not None and timesteps is not None
+    grad_tau = None if tau is None or table else q.new_empty(k.shape)
+    grad_rows = q.new_empty(k.shape, dtype=torch.float32) if table else None
+    grad_table = q.new_empty(tau.shape, dtype=torch.float32) if table else None
+    biases = (q.shape[0], *q.shape[2:])
+    grad_u = None if u is None else q.new_empty(biases, dtype=torch.float32)
+    grad_w = None if w is None else q.new_empty(biases, dtype=torch.float32)
+    grads = (grad_q, grad_k, grad_v, grad_tau, grad_rows, grad_table, grad_u, grad_w)
+    grad_out, grad_out_heads = _heads(grad_out)
+    C.timestep_attention_backward(*arguments, grad_out_heads, tuple(pointer(g) for g in grads))
+    if table:
+        grad_tau = grad_table.to(q.dtype)
+    return (grad_q, grad_k, grad_v, grad_tau, None if grad_u is None else grad_u.sum(0).to(q.dtype),
+            None if grad_w is None else grad_w.sum(0).to(q.dtype))
+
+
+library.impl("timestep_attention", _forward_cpu, "CPU")
+library.impl("timestep_attention_backward", _backward_cpu, "CPU")
+library.impl("timestep_attention", reference.timestep_attention, "CompositeExplicitAutograd")
+library.impl("timestep_attention_backward", reference.timestep_attention_backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("pydiffseq::timestep_attention", lib=library)
+def _forward_fake(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale):
+    batch, queries, heads, _ = q.shape
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty((batch, heads, queries), dtype=lse_dtype)
+
+
+@torch.library.register_fake("pydiffseq::timestep_attention_backward", lib=library)
+def _backward_fake(grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed, lse, dropout_p, scale):
+    return tuple(None if x is None else x.new_empty(x.shape) for x in (q, k, v, tau, u, w))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.dropout_p, ctx.scale = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _backward(ctx, grad_out: Tensor, _grad_lse: Tensor | None):
+    grads = torch.ops.pydiffseq.timestep_attention_backward.default(
+        grad_out, *ctx.saved_tensors, ctx.dropout_p, ctx.scale)
+    return *grads, None, None, None, None, None
+
+
+torch.library.register_autograd("pydiffseq::timestep_attention", _backward, setup_context=_setup_context, lib=library)
