@@ -1,0 +1,405 @@
+"""Noise injection and the sampler's update; the noise depends on coordinates (seed, sentence, step, element) only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pydiffseq.ops import reference
+from pydiffseq.ops._extension import (
+    C,
+    check_float,
+    check_same_device,
+    check_shape,
+    draw_seed,
+    library,
+    pointer,
+    use_kernel,
+)
+
+library.define(
+    "q_sample(Tensor x0, Tensor t, Tensor signal, Tensor sigma, Tensor? mask, Tensor seed, int step, Tensor? rows, "
+    "bool return_noise) -> (Tensor x_t, Tensor eps)")
+library.define("q_sample_backward(Tensor grad, Tensor t, Tensor signal, Tensor? mask) -> Tensor")
+library.define(
+    "embed_q_sample(Tensor table, Tensor ids, Tensor t, Tensor signal, Tensor sigma, float sigma0, Tensor? mask, "
+    "Tensor seed, int step, Tensor? rows, bool return_noise) -> (Tensor x0, Tensor x_t, Tensor eps)")
+library.define(
+    "embed_q_sample_backward(Tensor? grad_x0, Tensor? grad_x_t, Tensor ids, Tensor t, Tensor signal, Tensor? mask, "
+    "SymInt vocab, Tensor like) -> Tensor")
+library.define(
+    "sampler_step(Tensor x, Tensor x0_hat, Tensor a, Tensor b, Tensor c, Tensor seed, int step, Tensor? rows)"
+    " -> Tensor")
+library.define(
+    "philox_normal(Tensor seed, SymInt B, SymInt N, SymInt d, int step, Tensor? rows, int stream, ScalarType dtype, "
+    "Device device) -> Tensor")
+
+
+def q_sample(x0: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, *, mask: Tensor | None = None,
+             seed: int | Tensor | None = None, step: int = 0, rows: Tensor | None = None,
+             return_noise: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    """``x_t = signal[t] * x0 + sigma[t] * eps`` in one pass, eps from Philox and never in memory unless asked for.
+
+    The forward process of DDPM (Ho et al. 2020, equation 4) with ``signal = sqrt(abar)`` and ``sigma = sqrt(1 - abar)``;
+    AR-Diffusion (Wu et al. 2023, section 3.1) has one timestep per token. The bits of eps depend on (seed, step, row,
+    token position, element) alone: not on the batch, the padding, the threads or the processor.
+
+    Args:
+        x0: float [B, N, d].
+        t: int64 [B] (one timestep per sentence) or [B, N] (per token), in 0..T-1.
+        signal, sigma: float32 [T].
+        mask: bool [B, N]; True: noise the token, False: ``x_t = x0`` and ``eps = 0`` there. None: noise all.
+        seed: the 64-bit key, an int or an int64 tensor of one element; None: drawn from torch's generator.
+        step: 0..2^24-1; calls with different steps draw independent noise.
+        rows: int64 [B], ``candidate << 32 | sentence id``; None: 0..B-1.
+        return_noise: return eps, too.
+
+    Returns:
+        x_t [B, N, d] in x0's dtype, or ``(x_t, eps)``. Differentiable in x0.
+
+    Raises:
+        TypeError: a dtype is not one of the above.
+        ValueError: shapes do not fit, tensors are on different devices, step is out of range, or (on the CPU) a timestep.
+    """
+    check_float("x0", x0)
+    if x0.dim() != 3:
+        raise ValueError(f"x0 must have shape [B, N, d], got {list(x0.shape)}")
+    _check_schedule(x0.shape[0], x0.shape[1], t, signal, sigma, mask)
+    _check_key(x0.shape[0], step, rows)
+    check_same_device(x0=x0, t=t, signal=signal, sigma=sigma, mask=mask, rows=rows)
+    x_t, eps = _q_sample_op(x0, t, signal, sigma, mask, draw_seed(seed), step, rows, return_noise)
+    return (x_t, eps) if return_noise else x_t
+
+
+def embed_q_sample(table: Tensor, ids: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, *, sigma0: float,
+                   mask: Tensor | None = None, seed: int | Tensor | None = None, step: int = 0,
+                   rows: Tensor | None = None, return_noise: bool = False) -> tuple[Tensor, ...]:
+    """``x0 = table[ids] + sigma0 * eps'``, and :func:`q_sample` of that x0, in one pass.
+
+    The embedding step ``q(x_0 | w)`` of Diffusion-LM (Li et al. 2022, section 4.2) and the forward process after it.
+    eps' and eps come from different Philox streams of the same seed.
+
+    Args:
+        table: float [V, d], the embeddings.
+        ids: int64 [B, N] in 0..V-1.
+        t, signal, sigma, seed, step, rows, return_noise: as in :func:`q_sample`.
+        sigma0: standard deviation of the noise of x0, the same for all tokens; 0 draws none.
+        mask: bool [B, N], as in :func:`q_sample`; it does not stop the noise of x0.
+
+    Returns:
+        ``(x0, x_t)``, both [B, N, d] in the table's dtype, or ``(x0, x_t, eps)``. Differentiable in the table through
+        x0 and x_t; the gradient is summed in float32 in a fixed order, so it is the same bits every time.
+
+    Raises:
+        TypeError, ValueError: as :func:`q_sample`, and ValueError for an id (on the CPU) outside the table.
+    """
+    check_float("table", table)
+    if table.dim() != 2:
+        raise ValueError(f"table must have shape [V, d], got {list(table.shape)}")
+    if ids.dtype != torch.int64:
+        raise TypeError(f"ids must be int64, got {ids.dtype}")
+    if ids.dim() != 2:
+        raise ValueError(f"ids must have shape [B, N], got {list(ids.shape)}")
+    _check_schedule(ids.shape[0], ids.shape[1], t, signal, sigma, mask)
+    _check_key(ids.shape[0], step, rows)
+    check_same_device(table=table, ids=ids, t=t, signal=signal, sigma=sigma, mask=mask, rows=rows)
+    x0, x_t, eps = _embed_op(table, ids, t, signal, sigma, sigma0, mask, draw_seed(seed), step, rows, return_noise)
+    return (x0, x_t, eps) if return_noise else (x0, x_t)
+
+
+def sampler_step(x: Tensor, x0_hat: Tensor, a: Tensor | float, b: Tensor | float, c: Tensor | float, *,
+                 seed: int | Tensor | None = None, step: int = 0, rows: Tensor | None = None) -> Tensor:
+    """``a * x + b * x0_hat + c * eps`` in one pass: the update of every Gaussian sampler.
+
+    Args:
+        x, x0_hat: float [B, N, d], of one dtype: the state and the prediction of x0.
+        a, b, c: the coefficients: a number, [B] (per sentence), or two-dimensional and broadcastable to [B, N] (write
+            [1, N] for per-token coefficients that all sentences share). Used in float32. Tokens with c = 0 draw no
+            noise.
+        seed, step, rows: as in :func:`q_sample`; use the index of the denoising step as ``step``.
+
+    Returns:
+        [B, N, d] in x's dtype. Differentiable in x and x0_hat, not in the coefficients.
+
+    Raises:
+        TypeError: a dtype is not one of the above.
+        ValueError: shapes do not fit, tensors are on different devices, or step is out of range.
+    """
+    check_float("x", x)
+    if x.dim() != 3:
+        raise ValueError(f"x must have shape [B, N, d], got {list(x.shape)}")
+    if x0_hat.dtype != x.dtype:
+        raise TypeError(f"x0_hat must have the dtype of x, {x.dtype}, got {x0_hat.dtype}")
+    check_shape("x0_hat", x0_hat, tuple(x.shape))
+    _check_key(x.shape[0], step, rows)
+    a, b, c = (_coefficient(name, value, x) for name, value in (("a", a), ("b", b), ("c", c)))
+    check_same_device(x=x, x0_hat=x0_hat, a=a, b=b, c=c, rows=rows)
+    return _step_op(x, x0_hat, a, b, c, draw_seed(seed), step, rows)
+
+
+def philox_normal(shape: tuple[int, int, int], *, seed: int | Tensor | None = None, step: int = 0,
+                  rows: Tensor | None = None, stream: str = "initial", dtype: torch.dtype = torch.float32,
+                  device: torch.device | str = "cpu") -> Tensor:
+    """Standard normals [B, N, d] at the given coordinates, e.g. the x_T that a sampler starts from.
+
+    Philox 4x32-10 (Salmon et al. 2011) and Box-Muller. A sentence's values do not depend on B or N: a shorter N
+    gives the first positions of a longer one.
+
+    Args:
+        shape: (B, N, d).
+        seed, step, rows: as in :func:`q_sample`.
+        stream: "initial", "x_t" (what :func:`q_sample` and :func:`sampler_step` draw) or "x_0" (the noise of x0).
+        dtype, device: of the result.
+
+    Returns:
+        [B, N, d] of the given dtype.
+
+    Raises:
+        TypeError: dtype is not a floating-point type, or rows is not int64.
+        ValueError: the shape does not have three sizes, the stream is unknown, or step is out of range.
+    """
+    if len(shape) != 3:
+        raise ValueError(f"shape must be (B, N, d), got {tuple(shape)}")
+    if stream not in ("initial", "x_t", "x_0"):
+        raise ValueError(f"stream must be one of initial, x_t, x_0, got {stream!r}")
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point type, got {dtype}")
+    _check_key(shape[0], step, rows)
+    return _normal_op(draw_seed(seed), *shape, step, rows, reference.STREAMS[stream], dtype, torch.device(device))
+
+
+_q_sample_op = torch.ops.pydiffseq.q_sample.default
+_embed_op = torch.ops.pydiffseq.embed_q_sample.default
+_step_op = torch.ops.pydiffseq.sampler_step.default
+_normal_op = torch.ops.pydiffseq.philox_normal.default
+
+
+# --- Checks ---
+
+
+def _check_schedule(B: int, N: int, t: Tensor, signal: Tensor, sigma: Tensor, mask: Tensor | None) -> None:
+    if t.dtype != torch.int64:
+        raise TypeError(f"t must be int64, got {t.dtype}")
+    check_shape("t", t, (B,), (B, N))
+    for name, schedule in (("signal", signal), ("sigma", sigma)):
+        if schedule.dtype != torch.float32:
+            raise TypeError(f"{name} must be float32, got {schedule.dtype}")
+        if schedule.dim() != 1:
+            raise ValueError(f"{name} must have shape [T], got {list(schedule.shape)}")
+    check_shape("sigma", sigma, tuple(signal.shape))
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be bool, got {mask.dtype}")
+        check_shape("mask", mask, (B, N))
+
+
+def _check_key(B: int, step: int, rows: Tensor | None) -> None:
+    if not 0 <= step < 1 << 24:
+        raise ValueError(f"step must be in 0..{(1 << 24) - 1}, got {step}")
+    if rows is not None:
+        if rows.dtype != torch.int64:
+            raise TypeError(f"rows must be int64, got {rows.dtype}")
+        check_shape("rows", rows, (B,))
+
+
+def _coefficient(name: str, value: Tensor | float, x: Tensor) -> Tensor:
+    """``value`` as float32 [B, N]."""
+    B, N = x.shape[:2]
+    if not isinstance(value, Tensor):
+        return torch.full((B, N), value, dtype=torch.float32, device=x.device)
+    check_float(name, value)
+    if value.dim() == 1:
+        check_shape(name, value, (B,))
+        value = value[:, None]
+    if value.dim() > 2 or any(size not in (1, full) for size, full in zip(value.shape, (B, N), strict=False)):
+        raise ValueError(f"{name} must be a number or have shape [{B}], [{B}, {N}], [{B}, 1] or [1, {N}], "
+                         f"got {list(value.shape)}")
+    return value.to(torch.float32).expand(B, N).contiguous()
+
+
+def _raise_out_of_range(bad: tuple[int, int], t: Tensor, T: int, N: int, ids: Tensor | None, vocab: int) -> None:
+    bad_t, bad_id = bad
+    if bad_t >= 0:
+        value = t.flatten()[bad_t if t.dim() == 2 else bad_t // N]
+        raise ValueError(f"t must be in 0..{T - 1}, got {int(value)}")
+    if bad_id >= 0 and ids is not None:
+        raise ValueError(f"ids must be in 0..{vocab - 1}, got {int(ids.flatten()[bad_id])}")
+
+
+# --- CPU kernels ---
+
+
+def _contiguous(*tensors: Tensor | None) -> list:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def _q_sample_cpu(x0: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, mask: Tensor | None, seed: Tensor, step: int,
+                  rows: Tensor | None, return_noise: bool) -> tuple[Tensor, Tensor]:
+    if not use_kernel(x0):
+        return reference.q_sample(x0, t, signal, sigma, mask, seed, step, rows, return_noise)
+    x0, t, signal, sigma, mask, rows = _contiguous(x0, t, signal, sigma, mask, rows)
+    x_t, eps = _q_sample_fake(x0, t, signal, sigma, mask, seed, step, rows, return_noise)
+    B, N, d = x0.shape
+    T = signal.shape[0]
+    bad = C.q_sample(
+        pointer(x0), 0, pointer(t), pointer(signal), pointer(sigma), pointer(mask), 0, pointer(x_t),
+        pointer(eps) if return_noise else 0, pointer(seed), pointer(rows), step, B, N, d, T, 0, 0.0, t.dim() == 2,
+        x0.dtype == torch.bfloat16)
+    if bad != (-1, -1):
+        _raise_out_of_range(bad, t, T, N, None, 0)
+    return x_t, eps
+
+
+def _q_sample_backward_cpu(grad: Tensor, t: Tensor, signal: Tensor, mask: Tensor | None) -> Tensor:
+    if not use_kernel(grad):
+        return reference.q_sample_backward(grad, t, signal, mask)
+    grad, t, signal, mask = _contiguous(grad, t, signal, mask)
+    out = grad.new_empty(grad.shape)
+    C.q_sample_backward(pointer(grad), pointer(t), pointer(signal), pointer(mask), pointer(out), *grad.shape,
+                        signal.shape[0], t.dim() == 2, grad.dtype == torch.bfloat16)
+    return out
+
+
+def _embed_cpu(table: Tensor, ids: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, sigma0: float, mask: Tensor | None,
+               seed: Tensor, step: int, rows: Tensor | None, return_noise: bool) -> tuple[Tensor, Tensor, Tensor]:
+    if not use_kernel(table):
+        return reference.embed_q_sample(table, ids, t, signal, sigma, sigma0, mask, seed, step, rows, return_noise)
+    table, ids, t, signal, sigma, mask, rows = _contiguous(table, ids, t, signal, sigma, mask, rows)
+    x0, x_t, eps = _embed_fake(table, ids, t, signal, sigma, sigma0, mask, seed, step, rows, return_noise)
+    T, vocab = signal.shape[0], table.shape[0]
+    bad = C.q_sample(
+        pointer(table), pointer(ids), pointer(t), pointer(signal), pointer(sigma), pointer(mask), pointer(x0),
+        pointer(x_t), pointer(eps) if return_noise else 0, pointer(seed), pointer(rows), step, *x0.shape, T, vocab,
+        sigma0, t.dim() == 2, table.dtype == torch.bfloat16)
+    if bad != (-1, -1):
+        _raise_out_of_range(bad, t, T, ids.shape[1], ids, vocab)
+    return x0, x_t, eps
+
+
+def _embed_backward_cpu(grad_x0: Tensor | None, grad_x_t: Tensor | None, ids: Tensor, t: Tensor, signal: Tensor,
+                        mask: Tensor | None, vocab: int, like: Tensor) -> Tensor:
+    if not use_kernel(like):
+        return reference.embed_q_sample_backward(grad_x0, grad_x_t, ids, t, signal, mask, vocab, like)
+    grad_x0, grad_x_t, ids, t, signal, mask = _contiguous(grad_x0, grad_x_t, ids, t, signal, mask)
+    d = like.shape[-1]
+    table = torch.zeros(vocab, d)
+    C.embed_backward(pointer(grad_x0), pointer(grad_x_t), pointer(ids), pointer(t), pointer(signal), pointer(mask),
+                     pointer(table), *ids.shape, d, signal.shape[0], vocab, t.dim() == 2, like.dtype == torch.bfloat16)
+    return table.to(like.dtype)
+
+
+def _sampler_step_cpu(x: Tensor, x0_hat: Tensor, a: Tensor, b: Tensor, c: Tensor, seed: Tensor, step: int,
+                      rows: Tensor | None) -> Tensor:
+    if not use_kernel(x):
+        return reference.sampler_step(x, x0_hat, a, b, c, seed, step, rows)
+    x, x0_hat, a, b, c, rows = _contiguous(x, x0_hat, a, b, c, rows)
+    out = x.new_empty(x.shape)
+    C.sampler_step(pointer(x), pointer(x0_hat), pointer(a), pointer(b), pointer(c), pointer(out), pointer(seed),
+                   pointer(rows), step, *x.shape, x.dtype == torch.bfloat16)
+    return out
+
+
+def _philox_normal_cpu(seed: Tensor, B: int, N: int, d: int, step: int, rows: Tensor | None, stream: int,
+                       dtype: torch.dtype, device: torch.device) -> Tensor:
+    out = torch.empty(B, N, d, dtype=dtype, device=device)
+    if device.type != "cpu" or not use_kernel(out):
+        return reference.philox_normal(seed, B, N, d, step, rows, stream, dtype, device)
+    (rows,) = _contiguous(rows)
+    C.philox_normal(pointer(out), pointer(seed), pointer(rows), step, stream, B, N, d, dtype == torch.bfloat16)
+    return out
+
+
+for _name, _kernel in (
+        ("q_sample", _q_sample_cpu), ("q_sample_backward", _q_sample_backward_cpu), ("embed_q_sample", _embed_cpu),
+        ("embed_q_sample_backward", _embed_backward_cpu), ("sampler_step", _sampler_step_cpu),
+        ("philox_normal", _philox_normal_cpu)):
+    library.impl(_name, _kernel, "CPU")
+    library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+
+
+# --- Shapes ---
+
+
+@torch.library.register_fake("pydiffseq::q_sample", lib=library)
+def _q_sample_fake(x0, t, signal, sigma, mask, seed, step, rows, return_noise):
+    return x0.new_empty(x0.shape), x0.new_empty(x0.shape if return_noise else 0)
+
+
+@torch.library.register_fake("pydiffseq::q_sample_backward", lib=library)
+def _q_sample_backward_fake(grad, t, signal, mask):
+    return grad.new_empty(grad.shape)
+
+
+@torch.library.register_fake("pydiffseq::embed_q_sample", lib=library)
+def _embed_fake(table, ids, t, signal, sigma, sigma0, mask, seed, step, rows, return_noise):
+    shape = (*ids.shape, table.shape[1])
+    return table.new_empty(shape), table.new_empty(shape), table.new_empty(shape if return_noise else 0)
+
+
+@torch.library.register_fake("pydiffseq::embed_q_sample_backward", lib=library)
+def _embed_backward_fake(grad_x0, grad_x_t, ids, t, signal, mask, vocab, like):
+    return like.new_empty(vocab, like.shape[-1])
+
+
+@torch.library.register_fake("pydiffseq::sampler_step", lib=library)
+def _sampler_step_fake(x, x0_hat, a, b, c, seed, step, rows):
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("pydiffseq::philox_normal", lib=library)
+def _philox_normal_fake(seed, B, N, d, step, rows, stream, dtype, device):
+    return torch.empty(B, N, d, dtype=dtype, device=device)
+
+
+# --- Gradients ---
+
+
+def _q_sample_setup(ctx, inputs, output) -> None:
+    _, t, signal, _, mask, *_ = inputs
+    ctx.save_for_backward(t, signal, mask)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _q_sample_grad(ctx, grad_x_t: Tensor, _grad_eps: Tensor | None):
+    return torch.ops.pydiffseq.q_sample_backward(grad_x_t, *ctx.saved_tensors), *[None] * 8
+
+
+def _scale_setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _scale_grad(ctx, grad: Tensor):
+    return torch.ops.pydiffseq.q_sample_backward(grad, *ctx.saved_tensors), None, None, None
+
+
+def _embed_setup(ctx, inputs, output) -> None:
+    table, ids, t, signal, _, _, mask, *_ = inputs
+    ctx.vocab = table.shape[0]
+    ctx.save_for_backward(ids, t, signal, mask)
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _embed_grad(ctx, grad_x0: Tensor | None, grad_x_t: Tensor | None, _grad_eps: Tensor | None):
+    like = grad_x0 if grad_x0 is not None else grad_x_t
+    grad = None
+    if like is not None:
+        grad = torch.ops.pydiffseq.embed_q_sample_backward(grad_x0, grad_x_t, *ctx.saved_tensors, ctx.vocab, like)
+    return grad, *[None] * 10
+
+
+def _step_setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(inputs[2], inputs[3])
+
+
+def _step_grad(ctx, grad: Tensor):
+    a, b = ctx.saved_tensors
+    grads = [(grad * coefficient[..., None]).to(grad.dtype) if needed else None
+             for coefficient, needed in zip((a, b), ctx.needs_input_grad[:2], strict=True)]
+    return *grads, *[None] * 6
+
+
+torch.library.register_autograd("pydiffseq::q_sample", _q_sample_grad, setup_context=_q_sample_setup, lib=library)
+torch.library.register_autograd("pydiffseq::q_sample_backward", _scale_grad, setup_context=_scale_setup, lib=library)
+torch.library.register_autograd("pydiffseq::embed_q_sample", _embed_grad, setup_context=_embed_setup, lib=library)
+torch.library.register_autograd("pydiffseq::sampler_step", _step_grad, setup_context=_step_setup, lib=library)
