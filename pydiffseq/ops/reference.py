@@ -168,3 +168,179 @@ def rotate_pairs(x: Tensor, rotation: Tensor) -> Tensor:
     cos, sin = rotation.chunk(2, -1)
     x1, x2 = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1).flatten(-2)
+
+
+# --- noise ---
+
+_LOG_W = (0.9999996423721313, -0.6666786074638367, 0.5000516176223755, -0.399270623922348, 0.3310374319553375,
+          -0.2976647913455963, 0.28852564096450806, -0.1796015501022339)
+_SIN = (-0.16666655242443085, 0.008332177996635437, -0.00019517296459525824)
+_COS = (0.04166664555668831, -0.001388736767694354, 2.4438446416752413e-05)
+STREAMS = {"x_t": 0, "x_0": 1, "dropout": 2, "initial": 3}
+
+
+def philox_words(counter: tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int], seed: Tensor) -> list[Tensor]:
+    """The four words of Philox 4x32-10 (Salmon et al. 2011) as int64 tensors; the words of ``counter`` broadcast."""
+    low = 0xFFFFFFFF
+    c = [torch.as_tensor(word, dtype=torch.int64, device=seed.device) for word in counter]
+    k0, k1 = seed & low, (seed >> 32) & low
+    for _ in range(10):
+        p0, p1 = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57  # the low 64 bits, as the signed product wraps
+        c = [(p1 >> 32) & low ^ c[1] ^ k0, p1 & low, (p0 >> 32) & low ^ c[3] ^ k1, p0 & low]
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return list(torch.broadcast_tensors(*c))
+
+
+def fma(a: Tensor | float, b: Tensor, c: Tensor) -> Tensor:
+    """``a * b + c`` of float32 tensors with one rounding, as the kernels do it (plain arithmetic for float64)."""
+    if c.dtype == torch.float64 or b.dtype == torch.float64:
+        return a * b + c
+    product = (a.double() if isinstance(a, Tensor) else a) * b.double()  # exact: 48 bits
+    addend = c.double()
+    total = product + addend
+    back = total - product
+    error = (product - (total - back)) + (addend - back)
+    # Rounding to odd in float64 first makes the second rounding, to float32, the only one that shows (Boldo 2008).
+    bits = total.view(torch.int64)
+    inexact = (error.abs() > 0) & (bits & 1 == 0)
+    bits = bits + torch.where(inexact, torch.where((error > 0) == (total > 0), 1, -1), 0)
+    return bits.view(torch.float64).float()
+
+
+def _polynomial(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
+    value = torch.full_like(x, coefficients[-1])
+    for coefficient in reversed(coefficients[:-1]):
+        value = fma(value, x, torch.full_like(x, coefficient))
+    return value
+
+
+def _normal_pair(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]:
+    """Box-Muller, step by step as ``normal_pair`` in csrc/common/philox.h."""
+    u = fma(2.0**-32, radius_word.float(), torch.full_like(radius_word, 2.0**-33, dtype=torch.float32))
+    bits = u.view(torch.int32)
+    exponent = (bits - 0x3F3504F3) >> 23
+    f = (bits - (exponent << 23)).view(torch.float32) - 1.0
+    squared = fma(-1.3862943649291992, exponent.float(), fma(f * f, _polynomial(f, _LOG_W), f * -2.0))
+    radius = squared.double().sqrt().float()  # torch's float32 sqrt (MKL) is at times one ulp off
+    angle = (angle_word << 2) & 0xFFFFFFFF
+    t = (angle - ((angle >> 31) << 32)).float() * 3.65729529994141e-10
+    z = t * t
+    sine = fma(t * z, _polynomial(z, _SIN), t)
+    cosine = fma(z * z, _polynomial(z, _COS), fma(-0.5, z, torch.ones_like(z)))
+    radius = torch.where(angle_word >> 31 == 1, -radius, radius)
+    swap = (angle_word >> 30) & 1 == 1
+    return radius * torch.where(swap, cosine, sine), radius * torch.where(swap, sine, cosine)
+
+
+def philox_normal(seed: Tensor, B: int, N: int, d: int, step: int, rows: Tensor | None, stream: int,
+                  dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Normals [B, N, d]; see :func:`pydiffseq.ops.philox_normal`."""
+    groups = (d + 3) // 4
+    seed = seed.to(device)
+    rows = torch.arange(B, device=device) if rows is None else rows
+    group = torch.arange(N * groups, device=device)[None, :]
+    counter = (group, stream << 24 | step, rows[:, None] & 0xFFFFFFFF, (rows[:, None] >> 32) & 0xFFFFFFFF)
+    w = philox_words(counter, seed)
+    normals = torch.stack([*_normal_pair(w[0], w[1]), *_normal_pair(w[2], w[3])], -1)
+    return normals.reshape(B, N, 4 * groups)[..., :d].to(dtype)
+
+
+def _noise(like: Tensor, seed: Tensor, step: int, rows: Tensor | None, stream: str) -> Tensor:
+    B, N, d = like.shape
+    return philox_normal(seed, B, N, d, step, rows, STREAMS[stream], torch.float32, like.device)
+
+
+def check_index(name: str, index: Tensor, size: int) -> None:
+    """Raise ``ValueError`` for an index outside ``0..size-1``. On the CPU only: elsewhere the check would wait."""
+    if index.device.type == "cpu" and index.numel() and (bad := (index < 0) | (index >= size)).any():
+        raise ValueError(f"{name} must be in 0..{size - 1}, got {int(index[bad][0])}")
+
+
+def _per_token(table: Tensor, t: Tensor) -> Tensor:
+    values = table[t]
+    return values[:, None, None] if t.dim() == 1 else values[..., None]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def q_sample(x0: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, mask: Tensor | None, seed: Tensor, step: int,
+             rows: Tensor | None, return_noise: bool) -> tuple[Tensor, Tensor]:
+    """``signal[t] x0 + sigma[t] eps`` and ``eps`` (empty unless asked for); see :func:`pydiffseq.ops.q_sample`."""
+    check_index("t", t, signal.shape[0])
+    eps = _noise(x0, seed, step, rows, "x_t")
+    x_t = fma(_per_token(sigma, t), eps, _per_token(signal, t) * _wide(x0)).to(x0.dtype)
+    eps = eps.to(x0.dtype)
+    if mask is not None:
+        x_t, eps = x_t.where(mask[..., None], x0), eps.where(mask[..., None], 0.0)
+    return x_t, eps if return_noise else x0.new_empty(0)
+
+
+def q_sample_backward(grad: Tensor, t: Tensor, signal: Tensor, mask: Tensor | None) -> Tensor:
+    """``signal[t] grad``, and ``grad`` itself where the mask is False."""
+    scaled = (_per_token(signal, t) * _wide(grad)).to(grad.dtype)
+    return scaled.contiguous() if mask is None else scaled.where(mask[..., None], grad).contiguous()
+
+
+def embed_q_sample(table: Tensor, ids: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, sigma0: float,
+                   mask: Tensor | None, seed: Tensor, step: int, rows: Tensor | None,
+                   return_noise: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """``x0 = table[ids] + sigma0 eps'``, then :func:`q_sample`; see :func:`pydiffseq.ops.embed_q_sample`."""
+    check_index("ids", ids, table.shape[0])
+    x0 = table[ids]
+    if sigma0 != 0:
+        noise = _noise(x0, seed, step, rows, "x_0")
+        x0 = fma(torch.full_like(noise, sigma0), noise, _wide(x0)).to(x0.dtype)
+    return x0, *q_sample(x0, t, signal, sigma, mask, seed, step, rows, return_noise)
+
+
+def embed_q_sample_backward(grad_x0: Tensor | None, grad_x_t: Tensor | None, ids: Tensor, t: Tensor, signal: Tensor,
+                            mask: Tensor | None, vocab: int, like: Tensor) -> Tensor:
+    """Gradient [vocab, d] of the table: the gradients of both outputs, added up by id in the dtype of ``like``."""
+    wide = torch.promote_types(like.dtype, torch.float32)
+    total = ids.new_zeros(*ids.shape, like.shape[-1], dtype=wide)
+    if grad_x0 is not None:
+        total += grad_x0
+    if grad_x_t is not None:
+        total += q_sample_backward(_wide(grad_x_t), t, signal, mask)
+    table = total.new_zeros(vocab, like.shape[-1])
+    return table.index_add(0, ids.flatten(), total.flatten(0, 1)).to(like.dtype)
+
+
+def sampler_step(x: Tensor, x0_hat: Tensor, a: Tensor, b: Tensor, c: Tensor, seed: Tensor, step: int,
+                 rows: Tensor | None) -> Tensor:
+    """``a x + b x0_hat + c eps`` with coefficients [B, N]; see :func:`pydiffseq.ops.sampler_step`."""
+    a, b, c = a[..., None], b[..., None], c[..., None]
+    eps = _noise(x, seed, step, rows, "x_t")
+    mean = fma(b, _wide(x0_hat), a * _wide(x))
+    return torch.where(c == 0, mean, fma(c, eps, mean)).to(x.dtype)
+
+
+# --- dropout ---
+
+
+def dropout_threshold(p: float) -> int:
+    """An element is dropped where its 16-bit piece lies below this: ``p`` in units of 2^-16."""
+    return round(p * 65536)
+
+
+def _kept(shape: torch.Size, threshold: int, seed: Tensor, device: torch.device) -> Tensor:
+    n = shape.numel()
+    block = torch.arange((n + 7) // 8, device=device)
+    words = philox_words((block & 0xFFFFFFFF, STREAMS["dropout"] << 24, block >> 32, 0), seed.to(device))
+    pieces = torch.stack([piece for word in words for piece in (word & 0xFFFF, word >> 16)], -1)
+    return (pieces.flatten()[:n] >= threshold).reshape(shape)
+
+
+def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """``x / (1 - p)`` where Philox keeps an element, 0 elsewhere; see :func:`pydiffseq.ops.dropout`."""
+    return dropout_add(x, None, p, seed)
+
+
+def dropout_add(x: Tensor, residual: Tensor | None, p: float, seed: Tensor) -> Tensor:
+    """``residual + dropout(x)``, rounded once; see :func:`pydiffseq.ops.dropout_add`."""
+    threshold = dropout_threshold(p)
+    scale = 65536 / (65536 - threshold) if threshold < 65536 else 0.0
+    out = torch.where(_kept(x.shape, threshold, seed, x.device), _wide(x) * scale, 0.0)
+    return (out if residual is None else _wide(residual) + out).to(x.dtype).contiguous()
