@@ -22,6 +22,13 @@ USER_ERROR = 2
 INTERRUPTED = 130
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the default of an option, where it says something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, "", False) else super()._get_help_string(action)
+
+
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     """The parser of all commands, with the arguments of ``command`` alone filled in."""
     parser = argparse.ArgumentParser(
@@ -31,7 +38,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"pydiffseq {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        subparser = subparsers.add_parser(name, help=summary, formatter_class=HelpFormatter)
         if name == command:
             module = importlib.import_module(f"pydiffseq.cli.{name}")
             subparser.description = module.__doc__

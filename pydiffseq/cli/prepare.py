@@ -64,10 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="subword-nmt codes to split tokens with; without --srcdict the dictionary is counted")
 
     output = parser.add_argument_group("output")
-    output.add_argument("--destdir", type=Path, required=True, metavar="DIR", help="folder to make")
+    output.add_argument("--destdir", type=Path, required=True, metavar="DIR", help="folder to write")
     output.add_argument("--overwrite", action="store_true", help="replace the prepared data that DIR holds")
     output.add_argument("--workers", type=int, default=None, metavar="N",
-                        help="threads that encode sentencepieces (None: all processors)")
+                        help="threads that encode sentencepieces (default: all processors)")
     output.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
@@ -81,10 +81,7 @@ def run(args: argparse.Namespace) -> int:
     require_fairseq()
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that it cleans up
     try:
-        sizes = {name: sum(1 for _ in progress(corpus, f"reading {name}", None, args.quiet))
-                 for name, corpus in splits.items()}
-        if not sizes["train"]:
-            raise InputError(f"the training text {splits['train'].name} is empty")
+        sizes = read_through(splits, args.quiet)
         with new_folder(args.destdir, args.overwrite) as folder:
             encoder, counts = make_encoder(args, splits["train"], sizes["train"])
             reports = write_splits(args, splits, sizes, encoder, counts, folder)
@@ -131,6 +128,19 @@ def find_splits(args: argparse.Namespace) -> dict[str, Corpus]:
         for i, prefix in enumerate(filter(None, prefixes.split(","))):
             splits[f"{name}{i or ''}"] = find(prefix)
     return splits
+
+
+def read_through(splits: dict[str, Corpus], quiet: bool) -> dict[str, int]:
+    """Number of lines of each split. Finds what is wrong with the text before any work is done."""
+    sizes = {}
+    for name, corpus in splits.items():
+        usable = 0
+        for sizes[name], (source, target) in enumerate(progress(corpus, f"reading {name}", None, quiet), 1):
+            usable += bool(source.strip() and target.strip())
+        sizes.setdefault(name, 0)
+        if name == "train" and not usable:
+            raise InputError(f"the training text {corpus.name} has no pair with text on both sides")
+    return sizes
 
 
 def require_fairseq() -> None:
