@@ -134,10 +134,11 @@ def read_through(splits: dict[str, Corpus], quiet: bool) -> dict[str, int]:
     """Number of lines of each split. Finds what is wrong with the text before any work is done."""
     sizes = {}
     for name, corpus in splits.items():
-        usable = 0
-        for sizes[name], (source, target) in enumerate(progress(corpus, f"reading {name}", None, quiet), 1):
+        lines = usable = 0
+        for source, target in progress(corpus, f"reading {name}", None, quiet):
+            lines += 1
             usable += bool(source.strip() and target.strip())
-        sizes.setdefault(name, 0)
+        sizes[name] = lines
         if name == "train" and not usable:
             raise InputError(f"the training text {corpus.name} has no pair with text on both sides")
     return sizes

@@ -191,6 +191,13 @@ def break_file(name, content):
     return spoil
 
 
+def empty_text(content):
+    def spoil(folder):
+        for language in ("de", "en"):
+            (folder / f"train.{language}").write_bytes(content)
+    return spoil
+
+
 def unspoilt(folder):
     pass
 
@@ -204,7 +211,7 @@ BAD_INPUT = {
     "line counts, target short": (break_file("train.en", b"a\nb\nc\n"), (),
         "train.de has 200 lines, but {}/train.en has 3"),
     "missing file": (lambda folder: (folder / "train.en").unlink(), (), "no file {}/train.en (nor"),
-    "empty": (lambda folder: [break_file(f"train.{x}", b"")(folder) for x in ("de", "en")], (), "train.en has no pair with text"),
+    "empty": (empty_text(b""), (), "train.de and train.en has no pair with text"),
     "damaged xz": (break_file("valid.de.xz", b"not xz"), ("--validpref", "{}/valid"),
         "valid.de.xz is damaged after line 0"),
     "truncated gz": (lambda folder: (folder / "test.de.gz").write_bytes((folder / "test.de.gz").read_bytes()[:40]),
@@ -226,8 +233,7 @@ BAD_INPUT = {
     "not a dictionary": (break_file("dict.txt", b"one two three\n"), ("--srcdict", "{}/dict.txt"),
         "is not a fairseq dictionary"),
     "same language": (unspoilt, ("-t", "de"), "must differ, both are 'de'"),
-    "all empty": (lambda folder: [break_file(f"train.{x}", b"\n\n")(folder) for x in ("de", "en")], (),
-                  "no pair with text on both sides"),
+    "all lines empty": (empty_text(b"\n\n"), (), "no pair with text on both sides"),
 }
 
 
