@@ -38,9 +38,9 @@ library.define(
 def q_sample(x0: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, *, mask: Tensor | None = None,
              seed: int | Tensor | None = None, step: int = 0, rows: Tensor | None = None,
              return_noise: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-    """``x_t = signal[t] * x0 + sigma[t] * eps`` in one pass, eps from Philox and never in memory unless asked for.
+    """``x_t = signal[t] * x0 + sigma[t] * eps`` in one pass; eps, from Philox, is in memory only if asked for.
 
-    The forward process of DDPM (Ho et al. 2020, equation 4) with ``signal = sqrt(abar)`` and ``sigma = sqrt(1 - abar)``;
+    The forward process of DDPM (Ho et al. 2020, equation 4): ``signal = sqrt(abar)``, ``sigma = sqrt(1 - abar)``;
     AR-Diffusion (Wu et al. 2023, section 3.1) has one timestep per token. The bits of eps depend on (seed, step, row,
     token position, element) alone: not on the batch, the padding, the threads or the processor.
 
@@ -59,7 +59,8 @@ def q_sample(x0: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, *, mask: Tens
 
     Raises:
         TypeError: a dtype is not one of the above.
-        ValueError: shapes do not fit, tensors are on different devices, step is out of range, or (on the CPU) a timestep.
+        ValueError: shapes do not fit, tensors are on different devices, or step or (on the CPU) a timestep is out of
+            range.
     """
     check_float("x0", x0)
     if x0.dim() != 3:
