@@ -193,9 +193,9 @@ def philox_words(counter: tuple[Tensor | int, Tensor | int, Tensor | int, Tensor
 
 def fma(a: Tensor | float, b: Tensor, c: Tensor) -> Tensor:
     """``a * b + c`` of float32 tensors with one rounding, as the kernels do it (plain arithmetic for float64)."""
+    product = (a.double() if isinstance(a, Tensor) else a) * b.double()  # exact for float32: 48 bits
     if c.dtype == torch.float64 or b.dtype == torch.float64:
-        return a * b + c
-    product = (a.double() if isinstance(a, Tensor) else a) * b.double()  # exact: 48 bits
+        return product + c
     addend = c.double()
     total = product + addend
     back = total - product
