@@ -4,7 +4,8 @@
 
 namespace pds {
 
-enum class Isa { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
+// amx runs the avx512_bf16 copies; where a kernel has an AMX path (csrc/cpu/gemm.h) it asks active_isa() for it.
+enum class Isa { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx = 4 };
 
 Isa active_isa();                 // the best one the processor has, unless set_isa lowered it
 Isa detected_isa();
@@ -22,6 +23,7 @@ const char* isa_name(Isa isa);
   namespace cpu {                                           \
   inline void function(const Args& args) {                  \
     switch (active_isa()) {                                 \
+      case Isa::amx:                                        \
       case Isa::avx512_bf16: return avx512_bf16::function(args); \
       case Isa::avx512: return avx512::function(args);      \
       case Isa::avx2: return avx2::function(args);          \

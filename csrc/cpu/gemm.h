@@ -1,6 +1,6 @@
-// Register tiles of a matrix product, shared by the ops that fuse something into one. A tile is kTileRows rows by kPanel
-// columns of C. What is multiplied comes in "units" along the summed dimension: one float, or (with AVX-512 BF16) a pair
-// of bfloat16 in 32 bits, lower half first. Sums are float32. Include it from op files only (it needs PDS_ISA).
+// Small matrix products, shared by the ops that fuse something into one. What is multiplied comes in "units" along the
+// summed dimension: one float, or (with AVX-512 BF16) a pair of bfloat16 in 32 bits, lower half first. Sums are float32.
+// Include it from op files only (it needs PDS_ISA).
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -9,7 +9,7 @@
 
 #include "cpu/simd.h"
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -35,7 +35,8 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple -
 template <typename T>
 class Buffer {
  public:
-  explicit Buffer(int64_t size = 0) : data_(size > 0 ? static_cast<T*>(::operator new[](size * sizeof(T), kAlign)) : nullptr) {}
+  explicit Buffer(int64_t size = 0)
+      : data_(size > 0 ? static_cast<T*>(::operator new[](size * sizeof(T), kAlign)) : nullptr) {}
   T* get() const { return data_.get(); }
   T& operator[](int64_t i) const { return data_.get()[i]; }
 
@@ -55,18 +56,114 @@ PDS_INLINE vfloat multiply_add(vfloat c, Bf16Pair a, const Bf16Pair* b) {
 }
 #endif
 
-// c[i][:] += sum over k < depth of a[i * a_row + k * a_step] * b[k * b_step + (0 .. kPanel-1)].
+// One operand A of a product: unit (i, k) is at data[i * row + k * step].
 template <typename Unit>
-PDS_INLINE void accumulate_tile(int64_t depth, const Unit* a, int64_t a_row, int64_t a_step, const Unit* b,
-                                int64_t b_step, vfloat (&c)[kTileRows][2]) {
-  for (int64_t k = 0; k < depth; ++k, a += a_step, b += b_step) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kTileRows; ++i) {
-      c[i][0] = multiply_add(c[i][0], a[i * a_row], b);
-      c[i][1] = multiply_add(c[i][1], a[i * a_row], b + kWidth);
+struct Operand {
+  const Unit* data;
+  int64_t row, step;
+};
+
+// Where the sums start: at data[i * row + j], so row = 0 gives every row the same start; null stands for zeros.
+struct Start {
+  const float* data;
+  int64_t row;
+};
+
+// C[kRows, panels * kPanel] = start + A B. Panel p of B starts at b + p * b_panel; its row k is at k * b_step from there.
+template <typename UnitType>
+struct FmaEngine {
+  using Unit = UnitType;
+  static constexpr int kRows = kTileRows;
+  struct Session {};   // what a thread holds while it multiplies
+
+  static PDS_INLINE void product(int64_t depth, int64_t panels, Operand<Unit> a, const Unit* b, int64_t b_panel,
+                                 int64_t b_step, Start start, float* c, int64_t c_row) {
+    for (int64_t p = 0; p < panels; ++p) {
+      vfloat tile[kRows][2];
+      for (int i = 0; i < kRows; ++i) {
+        for (int j = 0; j < 2; ++j)
+          tile[i][j] = start.data == nullptr ? vfloat{} : load(start.data + i * start.row + p * kPanel + j * kWidth);
+      }
+      accumulate(depth, a, b + p * b_panel, b_step, tile);
+      for (int i = 0; i < kRows; ++i)
+        for (int j = 0; j < 2; ++j) store(c + i * c_row + p * kPanel + j * kWidth, tile[i][j]);
     }
   }
-}
+
+  static PDS_INLINE void accumulate(int64_t depth, Operand<Unit> a, const Unit* b, int64_t b_step,
+                                    vfloat (&tile)[kRows][2]) {
+    const Unit* from = a.data;
+    for (int64_t k = 0; k < depth; ++k, from += a.step, b += b_step) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i) {
+        tile[i][0] = multiply_add(tile[i][0], from[i * a.row], b);
+        tile[i][1] = multiply_add(tile[i][1], from[i * a.row], b + kWidth);
+      }
+    }
+  }
+};
+
+#if defined(__AVX512BF16__) && defined(__linux__) && defined(__x86_64__)
+#define PDS_AMX 1
+// The compilers' tile intrinsics do not say that they touch memory, hence the assembler. Tiles have 16 rows of 64 bytes.
+#define PDS_TILE_LOAD(tile, from, bytes) \
+  asm volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(from), "r"(static_cast<int64_t>(bytes)) : "memory")
+#define PDS_TILE_STORE(tile, to, bytes) \
+  asm volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(to), "r"(static_cast<int64_t>(bytes)) : "memory")
+#define PDS_TILE_MULTIPLY(c, a, b) asm volatile("tdpbf16ps %tmm" #b ", %tmm" #a ", %tmm" #c)
+
+// The same with AMX: four tiles of C, 32 x 32. A's step must be 1, and depth a multiple of 16 units.
+struct AmxEngine {
+  using Unit = Bf16Pair;
+  static constexpr int kRows = 32;
+  static_assert(kPanel == 32, "two tiles side by side");
+
+  struct Session {
+    Session() {
+      alignas(64) uint8_t config[64] = {1};   // palette 1
+      for (int tile = 0; tile < 8; ++tile) config[16 + 2 * tile] = 64, config[48 + tile] = 16;
+      asm volatile("ldtilecfg (%0)" ::"r"(config) : "memory");
+    }
+    ~Session() { asm volatile("tilerelease"); }
+    Session(const Session&) = delete;
+    Session& operator=(const Session&) = delete;
+  };
+
+  static PDS_INLINE void product(int64_t depth, int64_t panels, Operand<Unit> a, const Unit* b, int64_t b_panel,
+                                 int64_t b_step, Start start, float* c, int64_t c_row) {
+    for (int64_t p = 0; p < panels; ++p) {
+      begin(start.data == nullptr ? Start{nullptr, 0} : Start{start.data + p * kPanel, start.row});
+      const Unit* from = b + p * b_panel;
+      for (int64_t k = 0; k < depth; k += 16) {
+        PDS_TILE_LOAD(4, a.data + k, a.row * 4);
+        PDS_TILE_LOAD(6, from + k * b_step, b_step * 4);
+        PDS_TILE_LOAD(7, from + k * b_step + 16, b_step * 4);
+        PDS_TILE_LOAD(5, a.data + 16 * a.row + k, a.row * 4);
+        PDS_TILE_MULTIPLY(0, 4, 6);
+        PDS_TILE_MULTIPLY(1, 4, 7);
+        PDS_TILE_MULTIPLY(2, 5, 6);
+        PDS_TILE_MULTIPLY(3, 5, 7);
+      }
+      float* to = c + p * kPanel;
+      PDS_TILE_STORE(0, to, c_row * 4);
+      PDS_TILE_STORE(1, to + 16, c_row * 4);
+      PDS_TILE_STORE(2, to + 16 * c_row, c_row * 4);
+      PDS_TILE_STORE(3, to + 16 * c_row + 16, c_row * 4);
+    }
+  }
+
+  static PDS_INLINE void begin(Start start) {
+    if (start.data == nullptr) {
+      asm volatile("tilezero %tmm0\n\ttilezero %tmm1\n\ttilezero %tmm2\n\ttilezero %tmm3");
+      return;
+    }
+    PDS_TILE_LOAD(0, start.data, start.row * 4);
+    PDS_TILE_LOAD(1, start.data + 16, start.row * 4);
+    PDS_TILE_LOAD(2, start.data + 16 * start.row, start.row * 4);
+    PDS_TILE_LOAD(3, start.data + 16 * start.row + 16, start.row * 4);
+  }
+};
+#endif
 
 // A row of n elements as units, padded with zeros to `padded` elements.
 PDS_INLINE void pack_row(const float* row, int64_t n, int64_t padded, float* out) {

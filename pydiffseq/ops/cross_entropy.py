@@ -48,7 +48,7 @@ def _check(x: Tensor, table: Tensor, bias: Tensor | None, target: Tensor, label_
     if x.dim() != 2:
         raise ValueError(f"x must have shape [M, d], got {list(x.shape)}")
     if table.dim() != 2 or table.shape[1] != x.shape[1]:
-        raise ValueError(f"table must have shape [V, {x.shape[1]}] (x has {x.shape[1]} features), got {list(table.shape)}")
+        raise ValueError(f"table must have shape [V, {x.shape[1]}], d being that of x, got {list(table.shape)}")
     check_shape("target", target, (x.shape[0],))
     if target.dtype != torch.int64:
         raise TypeError(f"target must be int64, got {target.dtype}")
