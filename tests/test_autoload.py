@@ -52,7 +52,8 @@ def test_hook_registers_after_fairseq(stand_ins):
 
 def test_hook_costs_no_import():
     """Run at every interpreter start, the hook loads neither torch, fairseq nor the package."""
-    passes("import pydiffseq_autoload, sys\nassert not {'torch', 'fairseq', 'pydiffseq'} & set(sys.modules)", site=False)
+    code = "import pydiffseq_autoload, sys; assert {'torch', 'fairseq', 'pydiffseq'}.isdisjoint(sys.modules)"
+    passes(code, site=False)
     assert (ROOT / "pydiffseq.pth").read_text() == "import pydiffseq_autoload\n"
 
 
