@@ -287,8 +287,8 @@ def test_failure_while_writing_leaves_nothing(corpus, monkeypatch, error):
 
 def test_terminated_run_leaves_nothing(tmp_path):
     """SIGTERM while the training text is being written."""
-    write(tmp_path / "train.de", ["a b c"] * 400_000)
-    write(tmp_path / "train.en", ["a b"] * 400_000)
+    write(tmp_path / "train.de", ["a b c"] * 150_000)
+    write(tmp_path / "train.en", ["a b"] * 150_000)
     write(tmp_path / "dict.txt", ["a 1", "b 1"])
     process = subprocess.Popen(
         [sys.executable, "-m", "pydiffseq.cli", "prepare", "-s", "de", "-t", "en", "--trainpref", tmp_path / "train",
