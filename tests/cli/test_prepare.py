@@ -293,7 +293,7 @@ def test_terminated_run_leaves_nothing(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "pydiffseq.cli", "prepare", "-s", "de", "-t", "en", "--trainpref", tmp_path / "train",
          "--srcdict", tmp_path / "dict.txt", "--destdir", tmp_path / "out", "--quiet"], stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not list(tmp_path.glob(".out.partial*/train*")) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
