@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import ctypes
 import functools
 import os
 import sys
@@ -17,17 +18,54 @@ import numpy as np
 import torch
 from fairseq import options, utils
 
+from pydiffseq.errors import InputError
+
 PACKAGE = os.path.realpath(os.path.join(os.path.dirname(__file__), os.pardir))
 PLUGIN_NAMES = ("pydiffseq", "pydiffseq.fairseq_plugin", os.path.join("pydiffseq", "fairseq_plugin"))
 
 
 def apply() -> None:
     """Apply all repairs; a second call does nothing."""
+    tune_cpu()
+    show_input_errors_in_one_line()
     allow_checkpoint_types()
     if not hasattr(options.parse_args_and_arch, "__wrapped__"):
         options.parse_args_and_arch = without_implied_tpu(options.parse_args_and_arch)
     if not hasattr(utils.import_user_module, "__wrapped__"):
         utils.import_user_module = accept_own_user_dir(utils.import_user_module)
+
+
+def tune_cpu() -> None:
+    """Two settings without which ragged batches of small matrices spend their time outside the arithmetic.
+
+    oneDNN compiles a kernel for each matrix shape and by default keeps 1,024 of them, fewer than the shapes of an epoch;
+    glibc returns every freed buffer above 128 kB to the system and faults it in again, page by page.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "16384")   # the cache of torch's oneDNN layer
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):   # not glibc
+        return
+    trim_threshold, mmap_threshold = -1, -3
+    mallopt(mmap_threshold, 32 << 20)
+    mallopt(trim_threshold, 1 << 30)
+
+
+def show_input_errors_in_one_line() -> None:
+    """Let the fairseq commands end with the message of an :class:`InputError` and exit code 1, without a traceback."""
+    if hasattr(sys.excepthook, "__wrapped__"):
+        return
+    previous = sys.excepthook
+
+    @functools.wraps(previous)
+    def excepthook(kind, error, traceback) -> None:
+        if isinstance(error, InputError):
+            print(f"pydiffseq: error: {error}", file=sys.stderr)
+        else:
+            previous(kind, error, traceback)
+
+    sys.excepthook = excepthook
 
 
 def checkpoint_types() -> list:

@@ -1,7 +1,5 @@
 """The criterion: weighs the named losses of a model, sums them and logs them per target token."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import torch

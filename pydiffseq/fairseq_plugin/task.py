@@ -1,7 +1,5 @@
 """The fairseq task ``diffusion_seq2seq``: translation data, diffusion losses, diffusion decoding."""
 
-from __future__ import annotations
-
 import logging
 from argparse import Namespace
 from dataclasses import dataclass, field

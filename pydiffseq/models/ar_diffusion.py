@@ -204,5 +204,5 @@ class ARDiffusion(nn.Module):
 
 def sentence_uniform(seed: Tensor, rows: Tensor) -> Tensor:
     """One uniform number per sentence in [0, 1), float32 ``[B]``: a function of the seed and the sentence's id."""
-    normal = ops.philox_normal((len(rows), 1, 1), seed=seed, rows=rows, stream="timestep").flatten()
+    normal = ops.philox_normal((len(rows), 1, 1), seed=seed, rows=rows).flatten()
     return (0.5 * torch.erfc(-normal / math.sqrt(2.0))).clamp(0.0, 1.0 - 2.0**-24)
