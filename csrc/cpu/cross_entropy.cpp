@@ -53,16 +53,6 @@ PDS_INLINE vfloat exp2_upto127(vfloat t) {
   return p * as_float(as_int(shifted) << 23);
 }
 
-PDS_INLINE bool any_above(vfloat x, float bound) {
-#if defined(__AVX512F__)
-  return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(bound), _CMP_GT_OQ) != 0;
-#elif defined(__AVX2__)
-  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)x, _mm256_set1_ps(bound), _CMP_GT_OQ)) != 0;
-#else
-  return max(x) > bound;
-#endif
-}
-
 // Packed inputs of one call. T: float or bfloat16 bits; Engine: see gemm.h. Rows that do not count are left out.
 template <typename T, typename Engine>
 struct Problem {

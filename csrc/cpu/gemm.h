@@ -48,6 +48,17 @@ class Buffer {
   std::unique_ptr<T, Free> data_;
 };
 
+// Whether any element is above the bound.
+PDS_INLINE bool any_above(vfloat x, float bound) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(bound), _CMP_GT_OQ) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)x, _mm256_set1_ps(bound), _CMP_GT_OQ)) != 0;
+#else
+  return max(x) > bound;
+#endif
+}
+
 PDS_INLINE vfloat multiply_add(vfloat c, float a, const float* b) { return c + splat(a) * load(b); }
 #if defined(__AVX512BF16__)
 PDS_INLINE vfloat multiply_add(vfloat c, Bf16Pair a, const Bf16Pair* b) {

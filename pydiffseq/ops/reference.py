@@ -22,7 +22,7 @@ def _logits(x: Tensor, table: Tensor, bias: Tensor | None) -> Tensor:
 
 def linear_cross_entropy(x: Tensor, table: Tensor, bias: Tensor | None, target: Tensor, label_smoothing: float = 0.0,
                          ignore_index: int = -100) -> tuple[Tensor, Tensor]:
-    """Losses [M] and log-sum-exp of the logits [M] (0 in ignored rows); see :func:`pydiffseq.ops.linear_cross_entropy`."""
+    """Losses [M] and log-sum-exp of the logits [M] (0 in ignored rows), of ``x @ table.T + bias``."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     losses, lse = x.new_zeros(x.shape[0], dtype=dtype), x.new_zeros(x.shape[0], dtype=dtype)
     for rows in _row_blocks(x.shape[0], table.shape[0]):
@@ -51,6 +51,26 @@ def linear_cross_entropy_backward(
         if grad_bias is not None:
             grad_bias += g.sum(0)
     return grad_x, grad_table.to(table.dtype), None if grad_bias is None else grad_bias.to(table.dtype)
+
+# --- nearest ---
+
+_DIFFERENCES_AT_ONCE = 1 << 24
+
+
+def nearest(x: Tensor, table: Tensor, bias: Tensor | None = None, dot: bool = False) -> tuple[Tensor, Tensor]:
+    """Float64 scores by definition, minus the squared distance or the product plus bias; NaN last, first of the best."""
+    flat, rows = x.reshape(-1, x.shape[-1]).double(), table.double()
+    ids = flat.new_empty(flat.shape[0], dtype=torch.int64)
+    step = max(1, _DIFFERENCES_AT_ONCE // (table.shape[0] * (1 if dot else table.shape[1])))
+    for start in range(0, flat.shape[0], step):
+        part = slice(start, start + step)
+        if dot:
+            scores = flat[part] @ rows.T + (0.0 if bias is None else bias.double())
+        else:
+            scores = -(flat[part, None] - rows).square().sum(-1)
+        ids[part] = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).argmax(-1)
+    ids = ids.view(x.shape[:-1])
+    return ids, table[ids]
 
 
 # --- timestep_attention ---
