@@ -24,7 +24,7 @@ KERNELS = {
     "philox_normal": "philox_normal",
     "dropout": "dropout",
     "dropout_add": "dropout",
-    "nearest": "nearest",
+    "nearest": "nearest_search",
     "linear_cross_entropy": "cross_entropy_forward",
     "timestep_attention": "timestep_attention_forward",
     "rotary_timestep_attention": "timestep_attention_forward",
@@ -134,7 +134,7 @@ def describe_extension(extension: Any, reason: str) -> dict[str, Any]:
 def op_targets(extension: Any, kernel: str) -> dict[str, str]:
     """What an op runs on: the instruction set of its CPU kernel, and whether there is a CUDA kernel."""
     names = dir(extension) if extension is not None else []
-    cuda = any(name.startswith(kernel) and "cuda" in name for name in names)
+    cuda = any(kernel in name and "cuda" in name for name in names)
     return {"cpu": extension.isa() if kernel in names else REFERENCE, "cuda": "compiled" if cuda else REFERENCE}
 
 
