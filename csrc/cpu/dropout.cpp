@@ -87,13 +87,22 @@ PDS_INLINE Kept draw(Philox& philox, uint64_t block, uint32_t threshold) {
 
 #endif
 
+// Rounds to nearest even as simd.h's store does, but without its test for NaN: sums and multiples of bfloat16 NaNs have
+// zeros in their low half, so that rounding cannot carry them over into another number.
+PDS_INLINE void store_rounded(float* p, vfloat x) { store(p, x); }
+PDS_INLINE void store_rounded(uint16_t* p, vfloat x) {
+  const vuint bits = reinterpret_cast<vuint>(x);
+  const vuint rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  *reinterpret_cast<vbf16_unaligned*>(p) = __builtin_convertvector(rounded, vbf16);
+}
+
 template <bool kResidual, typename T>
 PDS_INLINE void drop_step(const Kept& kept, vfloat scale, const T* x, const T* residual, T* out) {
   for (int vector = 0; vector < 8; ++vector) {
     const int at = vector * kWidth;
     vfloat value = kept(vector, load(x + at) * scale);
     if (kResidual) value = load(residual + at) + value;
-    store(out + at, value);
+    store_rounded(out + at, value);
   }
 }
 

@@ -27,17 +27,16 @@ uint32_t first_block(int64_t n, int64_t d) { return static_cast<uint32_t>(n * ((
 // Calls body(offset, noise vector, count) for each vector of the token; count < kWidth only at the end.
 template <typename F>
 PDS_INLINE void for_each_normal_vector(const Philox& philox, uint32_t block, int64_t d, F&& body) {
-  for (int64_t j = 0; j < d; j += kBlockNormals, block += kBlocks) {
-    vfloat normals[4];
+  vfloat normals[4];
+  int64_t j = 0;
+  for (; j + kBlockNormals <= d; j += kBlockNormals, block += kBlocks) {
     normal_vectors(philox, block, normals);
-    for (int q = 0; q < 4; ++q) {
-      const int64_t offset = j + q * kWidth;
-      if (offset + kWidth <= d) {
-        body(offset, normals[q], kWidth);
-      } else if (offset < d) {
-        body(offset, normals[q], static_cast<int>(d - offset));
-      }
-    }
+    for (int q = 0; q < 4; ++q) body(j + q * kWidth, normals[q], kWidth);
+  }
+  if (j == d) return;
+  normal_vectors(philox, block, normals);
+  for (int q = 0; q < 4 && j < d; ++q, j += kWidth) {
+    body(j, normals[q], static_cast<int>(std::min<int64_t>(kWidth, d - j)));
   }
 }
 

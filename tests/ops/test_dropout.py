@@ -78,9 +78,15 @@ def test_strided_inputs_give_the_values_of_contiguous_ones():
     assert torch.equal(dropout_add(x.t(), x.t(), 0.3, seed=1), dropout_add(x.t().contiguous(), x.t(), 0.3, seed=1))
 
 
-def test_nan_is_kept_where_the_element_is_kept():
-    out = dropout(torch.full((1000,), math.nan), 0.5, seed=1)
-    assert out.isnan().any() and torch.equal(out.isnan(), dropout(torch.ones(1000), 0.5, seed=1) != 0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_is_kept_where_the_element_is_kept(dtype):
+    kept = dropout(torch.ones(1000), 0.5, seed=1) != 0
+    for nan in (math.nan, -math.nan, math.inf - math.inf):
+        assert torch.equal(dropout(torch.full((1000,), nan, dtype=dtype), 0.5, seed=1).isnan(), kept)
+    worst = torch.full((1000,), -1, dtype=torch.int16).view(torch.bfloat16).to(dtype)  # the NaN with all bits set
+    assert torch.equal(dropout(worst, 0.5, seed=1).isnan(), kept)
+    infinite = torch.full((1000,), math.inf, dtype=dtype)
+    assert torch.equal(dropout_add(infinite, -infinite, 0.5, seed=1).isnan(), kept)
 
 
 def test_gradients():
