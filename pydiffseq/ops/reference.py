@@ -85,25 +85,10 @@ def attention_keep_mask(seed: Tensor, drop_threshold: int, batch: int, heads: in
     The block with counter (key // 8, ATTENTION_STREAM, query, batch * heads + head) serves 8 consecutive keys.
     """
     groups = (keys + 7) // 8
-    shape = (batch * heads, queries, groups)
-    head = torch.arange(batch * heads, device=device).view(-1, 1, 1).expand(shape)
-    query = torch.arange(queries, device=device).view(1, -1, 1).expand(shape)
-    group = torch.arange(groups, device=device).expand(shape)
-    key = int(seed)
-    words = _attention_philox([group, torch.full_like(group, ATTENTION_STREAM), query, head],
-                              key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF)
+    head = torch.arange(batch * heads).view(-1, 1, 1)
+    words = philox_words((torch.arange(groups), ATTENTION_STREAM, torch.arange(queries)[:, None], head), seed.cpu())
     bits = torch.stack([part for word in words for part in (word & 0xFFFF, word >> 16)], -1)
-    return (bits >= drop_threshold).reshape(batch, heads, queries, groups * 8)[..., :keys]
-
-
-def _attention_philox(c: list[Tensor], k0: int, k1: int) -> list[Tensor]:
-    """Philox 4x32-10 on int64 tensors that hold 32-bit words."""
-    low = 0xFFFFFFFF
-    for step in range(10):
-        p0, p1 = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57  # wraps in int64, which keeps all 64 bits of the product
-        c = [(p1 >> 32 & low) ^ c[1] ^ ((k0 + step * 0x9E3779B9) & low), p1 & low,
-             (p0 >> 32 & low) ^ c[3] ^ ((k1 + step * 0xBB67AE85) & low), p0 & low]
-    return c
+    return (bits >= drop_threshold).reshape(batch, heads, queries, groups * 8)[..., :keys].to(device)
 
 
 def attention_drop_threshold(dropout_p: float) -> int:
@@ -115,7 +100,9 @@ def _dropout_factors(p: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor
     threshold = attention_drop_threshold(dropout_p)
     if threshold == 0 or seed is None:
         return 1.0
-    return attention_keep_mask(seed, threshold, *p.shape, device=p.device).to(p.dtype) / (1.0 - threshold / 65536)
+    batch, heads, queries, keys = p.shape
+    keep = attention_keep_mask(seed, threshold, batch, heads, queries, keys, p.device)
+    return keep.to(p.dtype) / (1.0 - threshold / 65536)
 
 
 def _tau_by_token(tau: Tensor | None, timesteps: Tensor | None) -> Tensor | None:
@@ -128,7 +115,7 @@ def _tau_by_token(tau: Tensor | None, timesteps: Tensor | None) -> Tensor | None
 
 
 def _attention_scores(q, k, tau, u, w, key_mask, scale) -> Tensor:
-    """scale * ((q + u) . k + (q + w) . tau) as [B, H, Nq, Nk] in float32 or better; -inf where the mask removes a key."""
+    """scale * ((q + u) . k + (q + w) . tau), [B, H, Nq, Nk]; -inf where the mask removes a key."""
     scores = torch.einsum("bihd,bjhd->bhij", q if u is None else q + u, k)
     if tau is not None:
         scores = scores + torch.einsum("bihd,bjhd->bhij", q if w is None else q + w, tau)
@@ -179,8 +166,11 @@ def timestep_attention_backward(
             grad_tau = torch.zeros_like(tau).index_put_((timesteps,), grad_tau, accumulate=True)
     grad_u = None if u is None else (sums * k).sum((0, 1))
     grad_w = None if w is None or tau_j is None else (sums * tau_j).sum((0, 1))
-    grads = (grad_q, grad_k, grad_v, grad_tau, grad_u, grad_w)
-    return tuple(None if g is None else g.to(dtype, memory_format=torch.contiguous_format, copy=True) for g in grads)
+
+    def finish(grad):
+        return None if grad is None else grad.to(dtype, memory_format=torch.contiguous_format, copy=True)
+
+    return finish(grad_q), finish(grad_k), finish(grad_v), finish(grad_tau), finish(grad_u), finish(grad_w)
 
 
 def rotate_pairs(x: Tensor, rotation: Tensor) -> Tensor:

@@ -37,7 +37,8 @@ def timestep_attention(q: Tensor, k: Tensor, v: Tensor, tau: Tensor | None = Non
         scale: D**-0.5 if None.
 
     Returns:
-        [B, Nq, H, D] in q's dtype; sums run in float32 (float64 for float64). Differentiable once in q, k, v, tau, u, w.
+        [B, Nq, H, D] in q's dtype; sums run in float32 (float64 for float64). Differentiable once in q, k, v, tau, u
+        and w.
 
     Raises:
         TypeError: a tensor is not of q's dtype, or timesteps not int64, or key_mask not bool.
@@ -57,8 +58,8 @@ def rotary_timestep_attention(q: Tensor, k: Tensor, v: Tensor, rotation: Tensor,
     """Plain attention after q, k **and v** were rotated by learned per-token (cos, sin).
 
     The ``rotary`` time attention of AR-Diffusion's code (model_utils/CrossAttention.py): the first half of
-    ``rotation[b, n, h]`` acts as the cosines and the second as the sines (both unconstrained), and each interleaved pair
-    ``(x1, x2)`` of features becomes ``(x1 c - x2 s, x2 c + x1 s)``.
+    ``rotation[b, n, h]`` acts as the cosines and the second as the sines (both unconstrained), and each interleaved
+    pair ``(x1, x2)`` of features becomes ``(x1 c - x2 s, x2 c + x1 s)``.
 
     Args:
         q, k, v: float [B, N, H, D], D even.
@@ -103,7 +104,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, tau: Tensor | None, u: Tensor | None
     _check_part("v", v, q, (k.shape,))
     if tau is None:
         if w is not None or timesteps is not None:
-            raise ValueError(f"{'timesteps' if w is None else 'w'} was given without tau, the time features it applies to")
+            given = "timesteps" if w is None else "w"
+            raise ValueError(f"{given} was given without tau, the time features it applies to")
     elif timesteps is None:
         _check_part("tau", tau, q, (k.shape,))
     else:
@@ -139,7 +141,7 @@ def _heads(x: Tensor | None) -> tuple[Tensor | None, tuple[int, int, int, int]]:
         return None, (0, 0, 0, 0)
     if x.stride(-1) != 1:
         x = x.contiguous()
-    return x, (x.data_ptr(), *((0,) if x.dim() == 3 else ()), *x.stride()[:-1])  # type: ignore[return-value]
+    return x, (x.data_ptr(), *((0,) if x.dim() == 3 else ()), *x.stride()[:-1])
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
@@ -154,8 +156,8 @@ def _kernel_arguments(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, 
     threshold = reference.attention_drop_threshold(dropout_p) if seed is not None else 0
     key = int(seed) & 0xFFFFFFFFFFFFFFFF if threshold else 0
     rows = tau.shape[0] if tau is not None and timesteps is not None else 0
-    arguments = (sizes, q.dtype == torch.bfloat16, scale, tuple(t[1] for t in heads), *(pointer(x) for x in rest), rows, key,
-                 threshold, lse.data_ptr())
+    arguments = (sizes, q.dtype == torch.bfloat16, scale, tuple(t[1] for t in heads), *(pointer(x) for x in rest),
+                 rows, key, threshold, lse.data_ptr())
     return arguments, (heads, rest)
 
 
