@@ -38,13 +38,13 @@ struct Sizes<AmxEngine> {
 };
 #endif
 
-// 2^t for t <= 127, to 2e-7; 2^-126 below; NaN stays NaN.
-PDS_INLINE vfloat exp2_upto127(vfloat t) {
-  t = vmax(splat(-126.f), t);   // in this order NaN wins
+// e^x for x <= 0, to 2e-7; about 1e-38 below -87; NaN stays NaN.
+PDS_INLINE vfloat exp_negative(vfloat x) {
+  x = vmax(splat(-87.f), x);   // in this order NaN wins
   const vfloat magic = splat(12583039.f);   // 1.5 * 2^23 + 127: adding it rounds, and leaves n + 127 in the low bits
-  const vfloat shifted = t + magic;
-  const vfloat f = t - (shifted - magic);
-  vfloat p = splat(1.327647069e-3f);
+  const vfloat shifted = x * splat(kLog2E) + magic;
+  const vfloat f = x * splat(kLog2E) - (shifted - magic);
+  vfloat p = splat(1.327647069e-3f);   // 2^f, |f| <= 1/2
   p = p * f + splat(9.675541324e-3f);
   p = p * f + splat(5.550713278e-2f);
   p = p * f + splat(2.402211972e-1f);
@@ -135,11 +135,10 @@ struct LogSumExp {
     for (int64_t j = 0; j < n; j += kWidth) highest = vmax(load(logits + j), highest);   // passes over NaN
     if (any_above(highest, reference)) {
       const float now = PDS_ISA::max(highest);
-      sums *= exp2_upto127(splat((reference - now) * kLog2E));
+      sums *= exp_negative(splat(reference - now));
       reference = now;
     }
-    const vfloat shift = splat(reference * kLog2E);
-    for (int64_t j = 0; j < n; j += kWidth) sums += exp2_upto127(load(logits + j) * splat(kLog2E) - shift);
+    for (int64_t j = 0; j < n; j += kWidth) sums += exp_negative(load(logits + j) - splat(reference));
   }
 
   // As torch: NaN if a logit is NaN or +inf, or all are -inf.
@@ -257,7 +256,7 @@ struct Backward : Problem<T, Engine> {
   // The table's gradient is made as G^T x, or, as AMX wants pairs along the rows of its left operand, as (x^T G)^T.
   static constexpr bool kTransposed = Engine::kRows == 32;
   struct Row {
-    float lse, scale;         // softmax is 2^(logit * log2(e) - lse); scale is the gradient of the loss
+    float lse, scale;         // scale is the gradient of the loss
     float others, at_target;  // what is taken off scale * softmax, elsewhere and at the target
     int32_t target;
   };
@@ -283,7 +282,7 @@ struct Backward : Problem<T, Engine> {
     if (r >= this->count) return {1e30f, 0.f, 0.f, 0.f, -1};   // padding: softmax 0
     const int64_t i = this->index[r];
     const float g = args.grad[i], uniform = g * args.smoothing / static_cast<float>(args.vocab);
-    return {args.lse[i] * kLog2E, g, uniform, uniform + g * (1.f - args.smoothing), static_cast<int32_t>(args.target[i])};
+    return {args.lse[i], g, uniform, uniform + g * (1.f - args.smoothing), static_cast<int32_t>(args.target[i])};
   }
 
   // kPack rows from `first` on, interleaved; zeros from `end` on.
@@ -324,7 +323,7 @@ struct Backward : Problem<T, Engine> {
           const Row& of = info[i + s];
           const vfloat logit = load(logits + (i + s) * out.stride + j);
           const vfloat rest = select(column == splat(of.target), splat(of.at_target), splat(of.others));
-          g[s] = exp2_upto127(logit * splat(kLog2E) - splat(of.lse)) * splat(of.scale) - rest;
+          g[s] = exp_negative(logit - splat(of.lse)) * splat(of.scale) - rest;
           total += g[s];
         }
         out.put(r + i, j, g[0], g[1]);

@@ -85,12 +85,14 @@ void find_centre(const NearestArgs& args) {
   const int64_t counted = args.vocab - packed.wild[0];
   if (args.dot || counted == 0) return;
   parallel_ranges(args.dim, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) {
-      double total = 0.0;
-      for (int64_t v = 0; v < args.vocab; ++v)
-        if (packed.bias[v] == 0.f) total += at(args.table, args.bf16, v * args.dim + k);
-      packed.centre[k] = static_cast<float>(total / static_cast<double>(counted));
+    Buffer<double> total(end - begin);
+    std::fill_n(total.get(), end - begin, 0.0);
+    for (int64_t v = 0; v < args.vocab; ++v) {
+      if (packed.bias[v] != 0.f) continue;
+      for (int64_t k = begin; k < end; ++k) total[k - begin] += at(args.table, args.bf16, v * args.dim + k);
     }
+    for (int64_t k = begin; k < end; ++k)
+      packed.centre[k] = static_cast<float>(total[k - begin] / static_cast<double>(counted));
   });
 }
 

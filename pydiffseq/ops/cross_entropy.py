@@ -70,7 +70,7 @@ def _forward_cpu(x: Tensor, table: Tensor, bias: Tensor | None, target: Tensor, 
                  ignore_index: int) -> tuple[Tensor, Tensor]:
     if not use_kernel(x, table, bias):
         return reference.linear_cross_entropy(x, table, bias, target, label_smoothing, ignore_index)
-    losses, lse = x.new_empty(2, x.shape[0], dtype=torch.float32).unbind()
+    losses, lse = (torch.empty(x.shape[0], dtype=torch.float32) for _ in range(2))
     x_, table_, bias_, target_ = _contiguous(x, table, bias, target)
     C.cross_entropy_forward(pointer(x_), pointer(table_), pointer(bias_), pointer(target_), x.dtype == torch.bfloat16,
                             x.shape[0], x.shape[1], table.shape[0], ignore_index, label_smoothing,

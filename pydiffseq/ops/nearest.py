@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from pydiffseq.ops import reference
 from pydiffseq.ops._extension import C, check_float, check_same_device, check_shape, library, pointer, use_kernel
 
-library.define("nearest(Tensor x, Tensor table, Tensor? bias, bool dot) -> (Tensor ids, Tensor embeddings)")
+library.define("nearest(Tensor x, Tensor table, Tensor? bias, bool dot) -> (Tensor embeddings, Tensor ids)")
 
 
 def nearest(x: Tensor, table: Tensor, bias: Tensor | None = None, *, metric: str = "l2") -> tuple[Tensor, Tensor]:
@@ -52,7 +52,8 @@ def nearest(x: Tensor, table: Tensor, bias: Tensor | None = None, *, metric: str
     if bias is not None:
         check_shape("bias", bias, (table.shape[0],))
     check_same_device(x=x, table=table, bias=bias)
-    return torch.ops.pydiffseq.nearest(x, table, bias, metric == "dot")
+    embeddings, ids = torch.ops.pydiffseq.nearest(x, table, bias, metric == "dot")
+    return ids, embeddings
 
 
 class _Packed(NamedTuple):
@@ -97,9 +98,14 @@ def _pack(table: Tensor, bias: Tensor | None, dot: bool) -> _Packed:
     return packed
 
 
+def _nearest_reference(x: Tensor, table: Tensor, bias: Tensor | None, dot: bool) -> tuple[Tensor, Tensor]:
+    ids, embeddings = reference.nearest(x, table, bias, dot)
+    return embeddings, ids
+
+
 def _nearest_cpu(x: Tensor, table: Tensor, bias: Tensor | None, dot: bool) -> tuple[Tensor, Tensor]:
     if not use_kernel(x, table, bias):
-        return reference.nearest(x, table, bias, dot)
+        return _nearest_reference(x, table, bias, dot)
     x, source = x.contiguous(), table.contiguous()
     bias = None if bias is None else bias.contiguous()
     ids, embeddings = x.new_empty(x.shape[:-1], dtype=torch.int64), torch.empty_like(x)
@@ -107,25 +113,25 @@ def _nearest_cpu(x: Tensor, table: Tensor, bias: Tensor | None, dot: bool) -> tu
     C.nearest_search(pointer(x), ids.numel(), pointer(source), pointer(bias), x.dtype == torch.bfloat16, dot,
                      *source.shape, pointer(packed.panels), pointer(packed.rest), pointer(packed.wild), pointer(ids),
                      pointer(embeddings))
-    return ids, embeddings
+    return embeddings, ids
 
 
 library.impl("nearest", _nearest_cpu, "CPU")
-library.impl("nearest", reference.nearest, "CompositeExplicitAutograd")
+library.impl("nearest", _nearest_reference, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("pydiffseq::nearest", lib=library)
 def _fake(x, table, bias, dot):
-    return x.new_empty(x.shape[:-1], dtype=torch.int64), x.new_empty(x.shape)
+    return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.int64)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    ctx.mark_non_differentiable(output[0])
-    ctx.save_for_backward(output[0])
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
     ctx.rows = inputs[1].shape[0]
 
 
-def _backward(ctx, _grad_ids, grad: Tensor):
+def _backward(ctx, grad: Tensor, _grad_ids: Tensor | None):
     ids, = ctx.saved_tensors
     return None, torch.ops.aten.embedding_dense_backward(grad.contiguous(), ids, ctx.rows, -1, False), None, None
 
