@@ -50,7 +50,7 @@ test: $(VENV)/.installed
 bench: $(VENV)/.installed
 	@mkdir -p build/bench
 	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only --benchmark-json=build/bench/cpu.json -q
-	$(BIN)/python benchmarks/table.py build/bench/cpu.json
+	$(BIN)/python benchmarks/table.py build/bench/cpu.json --markdown build/bench/cpu.md
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
