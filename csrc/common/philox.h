@@ -5,11 +5,11 @@
 // header and want the contract are compiled with -ffp-contract=off.
 #pragma once
 #include <cstdint>
+#include <cstring>
 
 #ifdef __CUDACC__
 #define PDS_HD __host__ __device__ __forceinline__
 #else
-#include <cstring>
 #define PDS_HD inline __attribute__((always_inline))
 #endif
 
