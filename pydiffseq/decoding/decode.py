@@ -32,6 +32,9 @@ class DecodeOptions:
         mbr_direction: see :func:`pydiffseq.decoding.mbr.mbr_order`.
         seed: key of the noise; with a sentence's id and the candidate number it fixes the output.
         history: keep every step's tokens.
+
+    Raises:
+        ValueError: an unknown choice, or a count below 1.
     """
 
     steps: int = 20
@@ -58,7 +61,14 @@ class DecodeOptions:
 
 @dataclass
 class Hypothesis:
-    """One translation: ``tokens`` int64 ``[len]``, their log probabilities (base e), and how it ranks."""
+    """One translation.
+
+    Attributes:
+        tokens: int64 ``[len]``, without ``</s>`` and padding.
+        token_scores: float32 ``[len]``, their log probabilities (base e).
+        score: how it ranks, higher is better; see :func:`decode`.
+        history: with ``DecodeOptions.history`` the tokens of every step's x0_hat, int64 ``[len of the step]`` each.
+    """
 
     tokens: Tensor
     token_scores: Tensor
@@ -74,9 +84,18 @@ def decode(model: ARDiffusion, src_tokens: Tensor, ids: Tensor, options: DecodeO
         src_tokens: int64 ``[B, S]``, padded with ``model.config.pad``.
         ids: int64 ``[B]``; the noise of a sentence depends on its id, the candidate number and ``options.seed`` alone.
 
-    With several candidates, minimum Bayes risk picks the order and ``score`` is the mean BLEU with the other candidates;
-    a single candidate's ``score`` is its mean token log probability. A source without words gives an empty hypothesis.
+    With several candidates, minimum Bayes risk picks the order and ``score`` is the mean BLEU with the other
+    candidates; a single candidate's ``score`` is its mean token log probability. A source without words gives an empty
+    hypothesis.
+
+    Raises:
+        ValueError: the model is in training mode, more steps than the step list can have, a source longer than the
+            model's positions, or ``length_beam > 1`` without length prediction.
     """
+    if model.training:
+        raise ValueError("decoding needs a model in evaluation mode (model.eval()), got one in training mode")
+    if not len(src_tokens):
+        return []
     encoded = model.encode(src_tokens)
     lengths, sentence, candidate = _candidates(model, encoded, options)
     candidate_encoded = encoded if options.length_beam * options.noise_beam == 1 else encoded.select(sentence)
@@ -85,8 +104,9 @@ def decode(model: ARDiffusion, src_tokens: Tensor, ids: Tensor, options: DecodeO
     empty = _has_no_words(model, src_tokens)
     hypotheses: list[list[Hypothesis]] = [[] for _ in range(len(src_tokens))]
     for row, owner in enumerate(sentence.tolist()):
-        keep = slice(0, 0) if empty[owner] else _words(model, tokens[row], int(lengths[row]))
-        past = [step[row][_words(model, step[row], int(lengths[row]))] for step in run.history]
+        length = 0 if empty[owner] else int(lengths[row])
+        keep = _words(model, tokens[row], length)
+        past = [step[row][_words(model, step[row], length)] for step in run.history]
         hypotheses[owner].append(Hypothesis(tokens[row][keep], scores[row][keep], 0.0, past))
     return [_rank(group, options) for group in hypotheses]
 
@@ -118,13 +138,15 @@ class _DenoisingRun:
         self.width = int(lengths.max())
         inside = torch.arange(self.width, device=lengths.device) < lengths[:, None]
         self.mask = inside if model.length_head is not None else None
-        self.table = model.embedding.table()
-        self.head_table = model.embedding.head_table()
+        # Copies: ops.nearest keeps what it packed of a table, and optimisers write to parameters behind its back.
+        self.table = model.embedding.table().clone()
+        self.head_table = model.embedding.head_table().clone()
         self.x_self: Tensor | None = None
         self.history: list[Tensor] = []
         self.rows = rows
 
     def denoise(self, x: Tensor, t: Tensor) -> Tensor:
+        """x0_hat ``[M, N, d]`` of the state ``x`` at timesteps ``t`` ``[M]`` or ``[M, N]``, rounded if so wanted."""
         t = t.expand(x.shape[:2]) if t.dim() == 2 else t.view(-1, 1).expand(x.shape[:2])
         x0_hat = self.model.denoise(x, t, self.encoded, self.mask, self.x_self, self.lengths)
         if self.options.rounding == "every":

@@ -1,9 +1,9 @@
-"""AR-Diffusion (Wu et al., NeurIPS 2023): an encoder-decoder that denoises target embeddings, one timestep per token."""
+"""AR-Diffusion (Wu et al. 2023, arXiv 2305.09515): denoises target embeddings, one timestep per token."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from pydiffseq import ops
 from pydiffseq.diffusion import make_schedule, make_timestep_sampler
 from pydiffseq.models.config import ARDiffusionConfig
 from pydiffseq.models.losses import Losses
+from pydiffseq.models.sampler_state import SamplerState
 from pydiffseq.nn.attention import KeyValue
 from pydiffseq.nn.embedding import LatentEmbedding
 from pydiffseq.nn.encoder import Encoder
@@ -34,17 +35,20 @@ class Encoded(NamedTuple):
 
 
 class Targets(NamedTuple):
+    """What is denoised of a batch of targets."""
+
     tokens: Tensor    # int64 [B, N]
     mask: Tensor      # bool [B, N]: the positions that are denoised and scored
     lengths: Tensor   # int64 [B]
 
 
 def projection(input_dim: int, middle_dim: int, output_dim: int) -> nn.Sequential:
+    """``Linear -> tanh -> Linear`` between the latent space and the network's width (spec 2.1)."""
     return nn.Sequential(nn.Linear(input_dim, middle_dim), nn.Tanh(), nn.Linear(middle_dim, output_dim))
 
 
 class ARDiffusion(nn.Module):
-    """The network of spec 2.1-2.4 and its training losses of spec 2.6.
+    """The network of AR-Diffusion and its training losses; every size and option is in ``config``.
 
     ``forward`` gives the losses of a batch; ``encode`` and ``denoise`` are what a solver needs.
     """
@@ -53,9 +57,9 @@ class ARDiffusion(nn.Module):
         super().__init__()
         self.config = c = config
         self.schedule = make_schedule(c.noise_schedule, c.diffusion_steps)
+        self.sigma0, self.abar_end = float(self.schedule.sigma[0]), float(self.schedule.abar[-1])
         self.sampler = make_timestep_sampler(c.timestep_sampler, c.diffusion_steps, c.anchor_scale)
-        self.register_buffer("signal", self.schedule.signal.clone(), persistent=False)
-        self.register_buffer("sigma", self.schedule.sigma.clone(), persistent=False)
+        self.sampler_state = SamplerState(self.sampler) if self.sampler.state_dict() else None
 
         # The table is created before any other parameter; a padding row exists only where padding is never a target.
         self.embedding = LatentEmbedding(c.vocabulary, c.latent_dim, norm=c.embedding_norm, scale=c.scale_embedding,
@@ -87,14 +91,19 @@ class ARDiffusion(nn.Module):
     # --- the network ---
 
     def encode(self, src_tokens: Tensor) -> Encoded:
-        """Source ids int64 ``[B, S]`` (padded with ``config.pad`` on either side) -> :class:`Encoded`."""
+        """Source ids int64 ``[B, S]`` (padded with ``config.pad`` on either side) -> :class:`Encoded`.
+
+        Raises:
+            ValueError: a source has more than ``config.source_positions`` tokens.
+        """
         mask = src_tokens.ne(self.config.pad)
         if self.config.share_embeddings:
             words = self.source_projection(nn.functional.embedding(src_tokens, self.embedding.table()))
         else:
             words = self.source_embedding(src_tokens)
         states = self.encoder(words, mask)
-        return Encoded(states, mask, [block.cross_attention.project(states) for block in self.blocks])
+        memory = [cast(DecoderBlock, block).cross_attention.project(states) for block in self.blocks]
+        return Encoded(states, mask, memory)
 
     def denoise(self, x_t: Tensor, timesteps: Tensor, encoded: Encoded, mask: Tensor | None,
                 x_self: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
@@ -121,7 +130,13 @@ class ARDiffusion(nn.Module):
         return self.output_down(h if self.final_norm is None else self.final_norm(h))
 
     def length_logits(self, encoded: Encoded) -> Tensor:
-        """Scores of target lengths 0..target_length, float32 ``[B, target_length + 1]``."""
+        """Scores of target lengths 0..target_length, float32 ``[B, target_length + 1]``.
+
+        Raises:
+            ValueError: the model predicts no lengths.
+        """
+        if self.length_head is None:
+            raise ValueError("length scores need a model with length_policy 'predict', got 'pad'")
         return self.length_head(encoded.states, encoded.mask)
 
     # --- training ---
@@ -141,17 +156,20 @@ class ARDiffusion(nn.Module):
         lengths = (target.ne(c.pad) & target.ne(c.eos)).sum(1)
         width = max(1, min(target.size(1) - 1, c.target_length))
         tokens = target[:, :width].masked_fill(target[:, :width].eq(c.eos), c.pad)
-        lengths = lengths.clamp_max(c.target_length)
+        lengths = lengths.clamp_max(width)
         return Targets(tokens, torch.arange(width, device=target.device) < lengths[:, None], lengths)
 
     def forward(self, src_tokens: Tensor, target: Tensor, ids: Tensor | None = None,
                 seed: int | Tensor | None = None) -> Losses:
         """Losses of a batch: sources int64 ``[B, S]``, targets int64 ``[B, M]`` (see :meth:`layout`).
 
-        ``ids``: int64 ``[B]`` sentence numbers. Timesteps and noise depend on ``seed`` and the sentence's id alone, so a
-        batch that is split over processes sees the same noise. ``seed`` is drawn from torch's generator when ``None``.
+        ``ids``: int64 ``[B]`` sentence numbers. Timesteps and noise depend on ``seed`` and the sentence's id alone, so
+        a batch that is split over processes sees the same noise. ``seed`` is drawn from torch's generator when
+        ``None``. In training mode a timestep sampler that learns is told the losses.
         """
         c = self.config
+        # Not buffers: a cast of the model to bfloat16 would round the tables.
+        self.schedule = schedule = self.schedule.to(target.device)
         seed = ops.draw_seed(seed)
         targets = self.layout(target)
         rows = torch.arange(len(target), device=target.device) if ids is None else ids
@@ -161,8 +179,8 @@ class ARDiffusion(nn.Module):
             timesteps = timesteps[:, None].expand(-1, targets.tokens.size(1)).contiguous()
         table = self.embedding.table()
         x0, x_t = ops.embed_q_sample(
-            table, targets.tokens, timesteps, self.signal.float(), self.sigma.float() * c.noise_factor,
-            sigma0=float(self.schedule.sigma[0]) if not c.clean_x0 else 0.0, seed=seed, rows=rows)
+            table, targets.tokens, timesteps, schedule.signal, schedule.sigma * c.noise_factor,
+            sigma0=0.0 if c.clean_x0 else self.sigma0, seed=seed, rows=rows)
         encoded = self.encode(src_tokens)
         mask = targets.mask if c.length_policy == "predict" else None
         x_self = None
@@ -171,6 +189,8 @@ class ARDiffusion(nn.Module):
                 x_self = self.denoise(x_t, timesteps, encoded, mask, None, targets.lengths)
         x0_hat = self.denoise(x_t, timesteps, encoded, mask, x_self, targets.lengths)
         losses = self._losses(x0, x0_hat, table, targets, timesteps, weights)
+        if self.sampler_state is not None and self.training:
+            self._tell_sampler(self.sampler_state, losses, weights)
         if self.length_head is not None:
             losses.per_sentence["length"] = nn.functional.cross_entropy(
                 self.length_logits(encoded), targets.lengths, reduction="none")
@@ -182,7 +202,7 @@ class ARDiffusion(nn.Module):
 
     def _losses(self, x0: Tensor, x0_hat: Tensor, table: Tensor, targets: Targets, timesteps: Tensor,
                 weights: Tensor) -> Losses:
-        """The per-token terms of spec 2.6: mse (against Emb(w) where t = 0), the prior term tT and the token CE."""
+        """The per-token terms: mse (against Emb(w) where t = 0), token cross-entropy, prior (Diffusion-LM's L_T)."""
         c = self.config
         goal = x0
         if not c.clean_x0:
@@ -198,8 +218,16 @@ class ARDiffusion(nn.Module):
             "nll": nll.view_as(keep) * keep,
         }
         if not c.clean_x0:   # without x0 noise on a normalised table the term is a constant
-            per_token["prior"] = x0.float().square().mean(-1) * float(self.schedule.abar[-1]) * keep
+            per_token["prior"] = x0.float().square().mean(-1) * self.abar_end * keep
         return Losses(per_token, targets.mask, timesteps, c.diffusion_steps)
+
+    @staticmethod
+    def _tell_sampler(state: SamplerState, losses: Losses, weights: Tensor) -> None:
+        """Each sentence's loss, as DiffuSeq's sampler wants it: the sum of the terms, unweighted, mean over tokens."""
+        tokens = losses.mask.sum(1)
+        terms = torch.stack([value.detach().sum(1) for value in losses.per_token.values()])
+        told = tokens > 0
+        state.update(losses.timesteps[told, 0], (terms.sum(0) / (weights * tokens))[told])
 
 
 def sentence_uniform(seed: Tensor, rows: Tensor) -> Tensor:

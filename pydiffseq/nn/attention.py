@@ -26,8 +26,8 @@ def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
 class SelfAttention(nn.Module):
     """Self-attention whose keys may carry a time term (AR-Diffusion's ``txl`` and ``rotary`` injections).
 
-    ``injection`` is ``None`` (plain), ``"txl"`` (score ``(q+u).k + (q+w).tau``, ``tau`` by key position) or ``"rotary"``
-    (learned rotation of q, k and v). ``u`` and ``w`` start uniform in [0, 1), as published.
+    ``injection`` is ``None`` (plain), ``"txl"`` (score ``(q+u).k + (q+w).tau``, ``tau`` by key position) or
+    ``"rotary"`` (learned rotation of q, k and v). ``u`` and ``w`` start uniform in [0, 1), as published.
     """
 
     def __init__(self, hidden_dim: int, heads: int, dropout: float, attention_dropout: float, *, bias: bool,
@@ -43,19 +43,21 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None, residual: Tensor, time: Tensor | None = None) -> Tensor:
         """``residual + dropout(attention(x))``, ``[B, N, H]``.
 
-        ``mask``: bool ``[B, N]``, True = real position. ``time``: ``[B, N, H]``, the block's time projection.
+        ``mask``: bool ``[B, N]``, True = real position. ``time``: ``[B, N, H]``, the block's time projection, which
+        both injections need.
         """
         q, k, v = split_heads(self.qkv(x), 3, self.heads)
         dropout_p = self.attention_dropout if self.training else 0.0
-        if self.injection == "rotary":
-            rotation = split_heads(time, 1, self.heads)[0]
-            attended = ops.rotary_timestep_attention(q, k, v, rotation, key_mask=mask, dropout_p=dropout_p)
-        elif self.injection == "txl":
-            tau = split_heads(time, 1, self.heads)[0]
+        tau = None if time is None else split_heads(time, 1, self.heads)[0]
+        if self.injection is None:
+            attended = ops.timestep_attention(q, k, v, key_mask=mask, dropout_p=dropout_p)
+        elif tau is None:
+            raise ValueError(f"self-attention with the {self.injection} injection needs the time projection, got None")
+        elif self.injection == "rotary":
+            attended = ops.rotary_timestep_attention(q, k, v, tau, key_mask=mask, dropout_p=dropout_p)
+        else:
             attended = ops.timestep_attention(
                 q, k, v, tau, self.content_bias, self.time_bias, key_mask=mask, dropout_p=dropout_p)
-        else:
-            attended = ops.timestep_attention(q, k, v, key_mask=mask, dropout_p=dropout_p)
         return ops.dropout_add(self.out(attended.flatten(2)), residual, self.dropout, training=self.training)
 
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 class LatentEmbedding(nn.Module):
     """Table ``[V, d]`` with a tied head ``logits = x . table^T + bias``.
 
-    ``norm`` puts an affine-free layer norm on every row, which keeps the embeddings on a sphere of radius sqrt(d), so that
-    they cannot shrink to make the mean squared error small. ``scale`` multiplies embeddings (not the head) by sqrt(d), as
-    the official ``scale_embedding``.
+    ``norm`` puts an affine-free layer norm on every row, which keeps the embeddings on a sphere of radius sqrt(d), so
+    that they cannot shrink to make the mean squared error small. ``scale`` multiplies embeddings (not the head) by
+    sqrt(d), as the official ``scale_embedding``. The row ``padding_idx``, if any, starts at zero.
     """
 
     def __init__(self, vocabulary: int, dim: int, *, norm: bool = False, scale: bool = False,

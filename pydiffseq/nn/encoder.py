@@ -31,9 +31,17 @@ class Encoder(nn.Module):
         self.apply(bert_init)
 
     def forward(self, words: Tensor, mask: Tensor) -> Tensor:
-        """Word embeddings ``[B, S, H]`` and mask bool ``[B, S]`` -> states ``[B, S, H]``."""
+        """Word embeddings ``[B, S, H]`` and mask bool ``[B, S]`` -> states ``[B, S, H]``.
+
+        Raises:
+            ValueError: a source has more tokens than there are positions.
+        """
         # Counted from the first real token, so that the side of the padding does not matter.
         position = (mask.cumsum(1) - 1).clamp_min(0)
+        most = self.positions.num_embeddings
+        longest = int(position.max()) + 1 if mask.size(1) > most else 0   # not read where it cannot be too long
+        if longest > most:
+            raise ValueError(f"a source must have at most {most} tokens (source_positions), got {longest}")
         x = words + nn.functional.embedding(position, self.positions.weight) + self.token_type.weight[0]
         x = ops.dropout(self.norm(x), self.dropout, training=self.training)
         for layer in self.layers:

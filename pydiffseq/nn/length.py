@@ -12,9 +12,9 @@ LENGTH_FEATURES = ("mean_pool", "token_embed")
 class LengthHead(nn.Module):
     """Scores every target length 0..max_length from the encoder states (spec: AR-Diffusion's ``pred_len``).
 
-    ``logits = feature . table^T``, where the feature is the first encoder state (``token_embed``) or the masked mean
-    (``mean_pool``). With ``relative``, a learned bias on ``target length - source length`` is added, which learns the
-    rough length from the first updates on.
+    ``logits = feature . table^T``, where the feature is the first real token's encoder state (``token_embed``) or the
+    masked mean (``mean_pool``). With ``relative``, a learned bias on ``target length - source length`` is added, which
+    learns the rough length from the first updates on.
     """
 
     def __init__(self, hidden_dim: int, max_length: int, feature: str, *, relative: bool) -> None:
@@ -29,7 +29,8 @@ class LengthHead(nn.Module):
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
         """Encoder states ``[B, S, H]``, mask bool ``[B, S]`` -> logits ``[B, max_length + 1]`` (float32)."""
         if self.feature == "token_embed":
-            feature = states[:, 0]
+            first = mask.long().argmax(1)   # not 0: the source may be padded on the left
+            feature = states[torch.arange(len(states), device=mask.device), first]
         else:
             keep = mask.to(states.dtype)[..., None]
             feature = (states * keep).sum(1) / keep.sum(1).clamp_min(1)

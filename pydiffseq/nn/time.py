@@ -26,11 +26,14 @@ def sinusoid_table(steps: int, dim: int) -> Tensor:
 class TimeFeatures(nn.Module):
     """Looks up sinusoidal features by timestep: int64 ``[...]`` in ``0..steps-1`` -> ``[..., dim]``."""
 
+    table: Tensor
+
     def __init__(self, steps: int, dim: int) -> None:
         super().__init__()
         self.register_buffer("table", sinusoid_table(steps, dim), persistent=False)
 
     def forward(self, timesteps: Tensor) -> Tensor:
+        """``[...] -> [..., dim]``, in the dtype that the module was cast to."""
         return F.embedding(timesteps, self.table)
 
 
@@ -44,5 +47,6 @@ class TimeMLP(nn.Module):
         self.down = nn.Linear(4 * time_dim, hidden_dim)
 
     def forward(self, features: Tensor) -> Tensor:
+        """``[..., time_dim] -> [..., hidden_dim]``; dropout, if any, is on the features."""
         features = ops.dropout(features, self.dropout, training=self.training)
         return self.down(F.silu(self.up(features)))
