@@ -21,7 +21,8 @@ def eager(x: Tensor, table: Tensor, bias: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(x, table, bias), target, reduction="none")
 
 
-CONTENDERS = {"pydiffseq": lambda: linear_cross_entropy, "eager": lambda: eager, "compile": lambda: torch.compile(eager)}
+CONTENDERS = {"pydiffseq": lambda: linear_cross_entropy, "eager": lambda: eager,
+              "compile": lambda: torch.compile(eager)}
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)
