@@ -25,10 +25,12 @@ struct Workspace {
   }
 };
 
-// scores [keys][lanes] -> exp(score - largest), dropped ones 0; returns 1 / sum (times the survivors' factor) and the lse.
+// scores [keys][lanes] -> exp(score - largest), dropped ones 0; returns 1 / sum (times the survivors' factor) and the lse
+// of the n queries that the lanes hold.
 template <bool kDropout>
-void softmax(const TimestepAttentionArgs& a, const Keys& keys, int64_t lanes, int64_t head, int64_t i0, float* scores,
+void softmax(const TimestepAttentionArgs& a, const Keys& keys, int64_t n, int64_t head, int64_t i0, float* scores,
              float* inverse, float* lse) {
+  const int64_t lanes = align_up(n, kWidth);
   const float factor = kDropout ? survivor_factor(a) : 1.f;
   for (int64_t l = 0; l < lanes; l += kWidth) {
     float* column = scores + l;
@@ -43,7 +45,7 @@ void softmax(const TimestepAttentionArgs& a, const Keys& keys, int64_t lanes, in
       store(column + j * lanes, p);
     }
     store(inverse + l, splat(factor) / total);
-    for (int i = 0; i < kWidth; ++i) lse[l + i] = top[i] + std::log(total[i]);
+    for (int64_t i = 0; i < std::min<int64_t>(kWidth, n - l); ++i) lse[l + i] = top[i] + std::log(total[i]);
   }
 }
 
@@ -70,10 +72,9 @@ void attend_block(const TimestepAttentionArgs& a, const Sizes& s, Workspace& ws,
   gather_rows<T>(a.q, s, b, h, i0, n, lanes, ws.rows);
   transpose_queries(s, ws.rows, lanes, a.scale, ws.columns);
   multiply<false>(keys.count, lanes, {s.dim + s.bias, s.key_ld, lanes, lanes, false}, keys.sum, ws.columns, ws.scores);
-  alignas(64) float inverse[kQueryBlock], lse[kQueryBlock];
+  alignas(64) float inverse[kQueryBlock];
   const auto run = a.drop_threshold ? &softmax<true> : &softmax<false>;
-  run(a, keys, lanes, b * a.heads + h, i0, ws.scores, inverse, lse);
-  std::copy_n(lse, n, lse_out);
+  run(a, keys, n, b * a.heads + h, i0, ws.scores, inverse, lse_out);
   multiply<true>(n, s.padded, {keys.count, lanes, s.padded, s.padded, false}, ws.scores, keys.value, ws.out);
   write_rows<T>(a, s, b, h, i0, n, ws.out, inverse);
 }
