@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from pydiffseq.ops import reference
+from pydiffseq.ops import _cuda, reference
 from pydiffseq.ops._extension import (
     C,
     check_float,
@@ -49,7 +51,8 @@ def q_sample(x0: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, *, mask: Tens
         t: int64 [B] (one timestep per sentence) or [B, N] (per token), in 0..T-1.
         signal, sigma: float32 [T].
         mask: bool [B, N]; True: noise the token, False: ``x_t = x0`` and ``eps = 0`` there. None: noise all.
-        seed: the 64-bit key, an int or an int64 tensor of one element; None: drawn from torch's generator.
+        seed: the 64-bit key, an int or an int64 tensor of one element; None: drawn from torch's generator. On CUDA a
+            seed in host memory is read at the call, one in device memory by the kernel (as a CUDA graph needs it).
         step: 0..2^24-1; calls with different steps draw independent noise.
         rows: int64 [B], ``candidate << 32 | sentence id``; None: 0..B-1.
         return_noise: return eps, too.
@@ -60,7 +63,7 @@ def q_sample(x0: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, *, mask: Tens
     Raises:
         TypeError: a dtype is not one of the above.
         ValueError: shapes do not fit, tensors are on different devices, or step or (on the CPU) a timestep is out of
-            range.
+            range. The CUDA kernels give NaN for a token whose timestep is out of range.
     """
     check_float("x0", x0)
     if x0.dim() != 3:
@@ -92,7 +95,8 @@ def embed_q_sample(table: Tensor, ids: Tensor, t: Tensor, signal: Tensor, sigma:
         x0 and x_t; the gradient is summed in float32 in a fixed order, so it is the same bits every time.
 
     Raises:
-        TypeError, ValueError: as :func:`q_sample`, and ValueError for an id (on the CPU) outside the table.
+        TypeError, ValueError: as :func:`q_sample`, and ValueError for an id outside the table (on the CPU; the CUDA
+            kernels give NaN there).
     """
     check_float("table", table)
     if table.dim() != 2:
@@ -302,6 +306,8 @@ def _sampler_step_cpu(x: Tensor, x0_hat: Tensor, a: Tensor, b: Tensor, c: Tensor
 
 def _philox_normal_cpu(seed: Tensor, B: int, N: int, d: int, step: int, rows: Tensor | None, stream: int,
                        dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type == "cuda":  # a seed on the CPU leads here
+        return _philox_normal_cuda(seed, B, N, d, step, rows, stream, dtype, device)
     out = torch.empty(B, N, d, dtype=dtype, device=device)
     if device.type != "cpu" or not use_kernel(out):
         return reference.philox_normal(seed, B, N, d, step, rows, stream, dtype, device)
@@ -310,11 +316,144 @@ def _philox_normal_cpu(seed: Tensor, B: int, N: int, d: int, step: int, rows: Te
     return out
 
 
-for _name, _kernel in (
-        ("q_sample", _q_sample_cpu), ("q_sample_backward", _q_sample_backward_cpu), ("embed_q_sample", _embed_cpu),
-        ("embed_q_sample_backward", _embed_backward_cpu), ("sampler_step", _sampler_step_cpu),
-        ("philox_normal", _philox_normal_cpu)):
+# --- CUDA kernels (csrc/cuda/noise.cu) ---
+
+
+def _use_cuda(like: Tensor) -> bool:
+    """Whether ``like`` is for the CUDA kernels, and they have passed their self-check on its device."""
+    return (like.is_cuda and like.dtype in _cuda.DTYPES and _cuda.compiled()
+            and _cuda.trusted("noise", like.device, _cuda_cases))
+
+
+def _key_arguments(seed: Tensor, device: torch.device) -> tuple[Tensor, bool]:
+    """The seed where the binding (host) or the kernel (the same device) can read it, and whether it is the latter."""
+    return (seed, False) if seed.device.type == "cpu" else (seed.to(device), True)
+
+
+def _q_sample_kernel(x0: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, mask: Tensor | None, seed: Tensor, step: int,
+                     rows: Tensor | None, return_noise: bool) -> tuple[Tensor, Tensor]:
+    x0, t, signal, sigma, mask, rows = _contiguous(x0, t, signal, sigma, mask, rows)
+    seed, on_device = _key_arguments(seed, x0.device)
+    x_t, eps = _q_sample_fake(x0, t, signal, sigma, mask, seed, step, rows, return_noise)
+    _cuda.launch(
+        C.noise_q_sample_cuda, x0.device, pointer(x0), 0, pointer(t), pointer(signal), pointer(sigma), pointer(mask), 0,
+        pointer(x_t), pointer(eps) if return_noise else 0, pointer(seed), pointer(rows), step, *x0.shape,
+        signal.shape[0], 0, 0.0, t.dim() == 2, _cuda.DTYPES[x0.dtype], on_device)
+    return x_t, eps
+
+
+def _embed_kernel(table: Tensor, ids: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, sigma0: float,
+                  mask: Tensor | None, seed: Tensor, step: int, rows: Tensor | None,
+                  return_noise: bool) -> tuple[Tensor, Tensor, Tensor]:
+    table, ids, t, signal, sigma, mask, rows = _contiguous(table, ids, t, signal, sigma, mask, rows)
+    seed, on_device = _key_arguments(seed, table.device)
+    x0, x_t, eps = _embed_fake(table, ids, t, signal, sigma, sigma0, mask, seed, step, rows, return_noise)
+    _cuda.launch(
+        C.noise_q_sample_cuda, table.device, pointer(table), pointer(ids), pointer(t), pointer(signal), pointer(sigma),
+        pointer(mask), pointer(x0), pointer(x_t), pointer(eps) if return_noise else 0, pointer(seed), pointer(rows),
+        step, *x0.shape, signal.shape[0], table.shape[0], sigma0, t.dim() == 2, _cuda.DTYPES[table.dtype], on_device)
+    return x0, x_t, eps
+
+
+def _q_sample_backward_kernel(grad: Tensor, t: Tensor, signal: Tensor, mask: Tensor | None) -> Tensor:
+    grad, t, signal, mask = _contiguous(grad, t, signal, mask)
+    out = grad.new_empty(grad.shape)
+    _cuda.launch(
+        C.noise_q_sample_backward_cuda, grad.device, pointer(grad), pointer(t), pointer(signal), pointer(mask),
+        pointer(out), *grad.shape, signal.shape[0], t.dim() == 2, _cuda.DTYPES[grad.dtype])
+    return out
+
+
+def _sampler_step_kernel(x: Tensor, x0_hat: Tensor, a: Tensor, b: Tensor, c: Tensor, seed: Tensor, step: int,
+                         rows: Tensor | None) -> Tensor:
+    x, x0_hat, a, b, c, rows = _contiguous(x, x0_hat, a, b, c, rows)
+    seed, on_device = _key_arguments(seed, x.device)
+    out = x.new_empty(x.shape)
+    _cuda.launch(
+        C.noise_sampler_step_cuda, x.device, pointer(x), pointer(x0_hat), pointer(a), pointer(b), pointer(c),
+        pointer(out), pointer(seed), pointer(rows), step, *x.shape, _cuda.DTYPES[x.dtype], on_device)
+    return out
+
+
+def _philox_normal_kernel(out: Tensor, seed: Tensor, step: int, rows: Tensor | None, stream: int) -> Tensor:
+    """Fill ``out`` [B, N, d]."""
+    seed, on_device = _key_arguments(seed, out.device)
+    (rows,) = _contiguous(None if rows is None else rows.to(out.device))
+    _cuda.launch(C.noise_philox_normal_cuda, out.device, pointer(out), pointer(seed), pointer(rows), step, stream,
+                 *out.shape, _cuda.DTYPES[out.dtype], on_device)
+    return out
+
+
+def _cuda_cases(device: torch.device):
+    """The self-check: every kernel and dtype, with rows that allow 16-byte accesses and rows that do not."""
+    schedule = torch.linspace(1.0, 0.1, 7, device=device)
+    t = torch.arange(15, device=device).reshape(3, 5) % 7
+    ids, mask = (t * 3) % 4, t != 2
+    rows = torch.tensor([4, 3 << 32 | 9, 2], device=device)
+    host_seed = torch.tensor([-(2**62) + 5])
+    key = (host_seed, 6, rows)
+    for dtype, d in ((dtype, d) for dtype in _cuda.DTYPES for d in (7, 72)):
+        x = reference.philox_normal(host_seed, 3, 5, d, 0, rows, 3, dtype, device)
+        sample = (t, schedule, schedule.flip(0), mask)
+        embed = (x[0, :4].contiguous(), ids, *sample[:3], 0.1, mask)
+        coefficients = (schedule[t], schedule[ids], schedule[t] * mask)
+        seeds = host_seed, host_seed.to(device)
+        for name, kernel, oracle, arguments in (
+                ("q_sample", _q_sample_kernel, reference.q_sample, (x, *sample, *key, True)),
+                ("embed_q_sample", _embed_kernel, reference.embed_q_sample, (*embed, seeds[1], *key[1:], True)),
+                ("q_sample_backward", _q_sample_backward_kernel, reference.q_sample_backward, (x, *sample[:2], mask)),
+                ("sampler_step", _sampler_step_kernel, reference.sampler_step, (x, x.flip(0), *coefficients, *key))):
+            yield name, functools.partial(kernel, *arguments), functools.partial(oracle, *arguments)
+        yield ("philox_normal", functools.partial(_philox_normal_kernel, torch.empty_like(x), host_seed, 0, rows, 3),
+               functools.partial(torch.clone, x))
+
+
+def _q_sample_cuda(x0: Tensor, *arguments) -> tuple[Tensor, Tensor]:
+    return (_q_sample_kernel if _use_cuda(x0) else reference.q_sample)(x0, *arguments)
+
+
+def _q_sample_backward_cuda(grad: Tensor, *arguments) -> Tensor:
+    return (_q_sample_backward_kernel if _use_cuda(grad) else reference.q_sample_backward)(grad, *arguments)
+
+
+def _embed_cuda(table: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+    return (_embed_kernel if _use_cuda(table) else reference.embed_q_sample)(table, *arguments)
+
+
+def _embed_backward_cuda(grad_x0: Tensor | None, grad_x_t: Tensor | None, ids: Tensor, t: Tensor, signal: Tensor,
+                         mask: Tensor | None, vocab: int, like: Tensor) -> Tensor:
+    """As the reference, but with torch's embedding gradient: it sorts by id, where index_add adds in any order."""
+    wide = torch.promote_types(like.dtype, torch.float32)
+    total = None if grad_x0 is None else grad_x0.to(wide)
+    if grad_x_t is not None:
+        scaled = _q_sample_backward_cuda(grad_x_t.to(wide), t, signal, mask)
+        total = scaled if total is None else total + scaled
+    if total is None:
+        return like.new_zeros(vocab, like.shape[-1])
+    return torch.ops.aten.embedding_dense_backward(total, ids, vocab, -1, False).to(like.dtype)
+
+
+def _sampler_step_cuda(x: Tensor, *arguments) -> Tensor:
+    return (_sampler_step_kernel if _use_cuda(x) else reference.sampler_step)(x, *arguments)
+
+
+def _philox_normal_cuda(seed: Tensor, B: int, N: int, d: int, step: int, rows: Tensor | None, stream: int,
+                        dtype: torch.dtype, device: torch.device) -> Tensor:
+    out = torch.empty(B, N, d, dtype=dtype, device=device)
+    if not _use_cuda(out):
+        return reference.philox_normal(seed, B, N, d, step, rows, stream, dtype, device)
+    return _philox_normal_kernel(out, seed, step, rows, stream)
+
+
+for _name, _kernel, _cuda_kernel in (
+        ("q_sample", _q_sample_cpu, _q_sample_cuda),
+        ("q_sample_backward", _q_sample_backward_cpu, _q_sample_backward_cuda),
+        ("embed_q_sample", _embed_cpu, _embed_cuda),
+        ("embed_q_sample_backward", _embed_backward_cpu, _embed_backward_cuda),
+        ("sampler_step", _sampler_step_cpu, _sampler_step_cuda),
+        ("philox_normal", _philox_normal_cpu, _philox_normal_cuda)):
     library.impl(_name, _kernel, "CPU")
+    library.impl(_name, _cuda_kernel, "CUDA")
     library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
 
 

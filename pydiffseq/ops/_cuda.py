@@ -1,0 +1,74 @@
+"""What the CUDA kernels share: dtype codes, the launch on torch's stream, and the self-check before their first use.
+
+The kernels of a family (a file of ``csrc/cuda``) run on a device only after they have reproduced the plain-torch
+reference there, once per process. Where they do not, or fail, one warning says so and the reference runs from then on.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from pydiffseq.ops._extension import C
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # FloatType in csrc/cuda/launch.h
+
+Result = Tensor | tuple[Tensor, ...]
+Case = tuple[str, Callable[[], Result], Callable[[], Result]]  # of a self-check: the op's name, kernel and reference
+
+_verdicts: dict[tuple[str, torch.device], bool] = {}
+
+
+def compiled() -> bool:
+    """Whether ``_C`` holds CUDA kernels."""
+    return C is not None and C.has_cuda
+
+
+def trusted(family: str, device: torch.device, cases: Callable[[torch.device], Iterable[Case]]) -> bool:
+    """Whether the kernels of ``family`` give the bits of the reference on ``device``; tried at the first call.
+
+    The trial waits for the device, which a stream that records a CUDA graph may not do: until a call outside of one has
+    made it, the reference runs.
+    """
+    verdict = _verdicts.get((family, device))
+    if verdict is None:
+        if _capturing(device):
+            return False
+        verdict = _verdicts[family, device] = _self_check(family, device, cases)
+    return verdict
+
+
+def launch(kernel: Callable[..., None], device: torch.device, *arguments: int | float | bool) -> None:
+    """Call a binding of a CUDA kernel with torch's current stream of ``device`` and the device's index at the end."""
+    stream = torch.cuda.current_stream(device).cuda_stream
+    if device.index == torch.cuda.current_device():
+        kernel(*arguments, stream, device.index)
+        return
+    with torch.cuda.device(device):
+        kernel(*arguments, stream, device.index)
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _self_check(family: str, device: torch.device, cases: Callable[[torch.device], Iterable[Case]]) -> bool:
+    try:
+        with torch.no_grad():
+            problem = next((f"{name} differs from its reference" for name, kernel, reference in cases(device)
+                            if not _same(kernel(), reference())), None)
+    except Exception as error:  # whatever goes wrong in the trial, the reference is there to take over
+        problem = f"{type(error).__name__}: {error}"
+    if problem is not None:
+        warnings.warn(f"the CUDA kernels of {family} failed their self-check on {device} ({problem}); "
+                      "these ops run on plain torch there, which is slower", stacklevel=4)
+    return problem is None
+
+
+def _same(ours: Result, theirs: Result) -> bool:
+    if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
+        return torch.equal(ours, theirs)
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
