@@ -20,4 +20,5 @@ PYBIND11_MODULE(_C, m) {
   pds::bind_nearest(m);
   pds::bind_cross_entropy(m);
   pds::bind_timestep_attention(m);
+  pds::bind_geglu(m);
 }

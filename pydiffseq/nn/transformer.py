@@ -22,8 +22,7 @@ class GEGLU(nn.Module):
         self.down = nn.Linear(ffn_dim, hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        a, gate = self.up(x).chunk(2, dim=-1)
-        return self.down(ops.dropout(a * F.gelu(gate), self.dropout, training=self.training))
+        return self.down(ops.dropout(ops.geglu(self.up(x)), self.dropout, training=self.training))
 
 
 class EncoderLayer(nn.Module):

@@ -354,3 +354,18 @@ def dropout_add(x: Tensor, residual: Tensor | None, p: float, seed: Tensor) -> T
     scale = 65536 / (65536 - threshold) if threshold < 65536 else 0.0
     out = torch.where(_kept(x.shape, threshold, seed, x.device), _wide(x) * scale, 0.0)
     return (out if residual is None else _wide(residual) + out).to(x.dtype).contiguous()
+
+
+# --- geglu ---
+
+
+def geglu(x: Tensor) -> Tensor:
+    a, gate = _wide(x).chunk(2, -1)
+    return (a * torch.nn.functional.gelu(gate)).to(x.dtype)
+
+
+def geglu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    a, gate = _wide(x).chunk(2, -1)
+    grad = _wide(grad)
+    grad_gate = torch.ops.aten.gelu_backward(grad * a, gate)
+    return torch.cat([grad * torch.nn.functional.gelu(gate), grad_gate], -1).to(x.dtype)

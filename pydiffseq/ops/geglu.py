@@ -1,0 +1,82 @@
+"""GEGLU with the exact (erf) GELU, computed in float32 and rounded once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pydiffseq.ops import reference
+from pydiffseq.ops._extension import C, check_float, library, pointer, use_kernel
+
+library.define("geglu(Tensor x) -> Tensor")
+library.define("geglu_backward(Tensor grad, Tensor x) -> Tensor")
+
+
+def geglu(x: Tensor) -> Tensor:
+    """``a * GELU(gate)`` of the two halves of the last dim, ``x = [a, gate]`` (Shazeer 2020, eq. 5), in one pass.
+
+    ``GELU(g) = g * Phi(g)`` with the normal distribution function Phi, not its tanh approximation. Phi keeps its
+    relative accuracy for negative g: 4e-7 in float32, and 1e-5 before the rounding to bfloat16.
+
+    Args:
+        x: float, ``[..., 2 F]``.
+
+    Returns:
+        ``[..., F]``, of x's dtype. Differentiable once; one kernel writes the gradients of both halves.
+
+    Raises:
+        TypeError: x is not floating point.
+        ValueError: x has no last dim, or one of odd size.
+    """
+    check_float("x", x)
+    if x.dim() == 0 or x.shape[-1] % 2:
+        raise ValueError(f"x must have a last dim of even size (a and gate), got shape {list(x.shape)}")
+    return _geglu_op(x)
+
+
+_geglu_op = torch.ops.pydiffseq.geglu.default
+_geglu_backward_op = torch.ops.pydiffseq.geglu_backward.default
+
+
+def _geglu_fake(x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+
+
+def _geglu_cpu(x: Tensor) -> Tensor:
+    if not use_kernel(x):
+        return reference.geglu(x)
+    x = x.contiguous()
+    out = _geglu_fake(x)
+    columns = out.shape[-1]
+    C.geglu(0, pointer(x), pointer(out), out.numel() // max(1, columns), columns, x.dtype == torch.bfloat16)
+    return out
+
+
+def _geglu_backward_cpu(grad: Tensor, x: Tensor) -> Tensor:
+    if not use_kernel(x):
+        return reference.geglu_backward(grad, x)
+    grad, x = grad.contiguous(), x.contiguous()
+    out = x.new_empty(x.shape)
+    columns = grad.shape[-1]
+    C.geglu_backward(pointer(grad), pointer(x), pointer(out), grad.numel() // max(1, columns), columns,
+                     x.dtype == torch.bfloat16)
+    return out
+
+
+library.impl("geglu", _geglu_cpu, "CPU")
+library.impl("geglu_backward", _geglu_backward_cpu, "CPU")
+library.impl("geglu", reference.geglu, "CompositeExplicitAutograd")
+library.impl("geglu_backward", reference.geglu_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("pydiffseq::geglu", _geglu_fake, lib=library)
+torch.library.register_fake("pydiffseq::geglu_backward", lambda grad, x: x.new_empty(x.shape), lib=library)
+
+
+def _setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(inputs[0])
+
+
+def _geglu_grad(ctx, grad: Tensor) -> Tensor:
+    return _geglu_backward_op(grad, ctx.saved_tensors[0])
+
+
+torch.library.register_autograd("pydiffseq::geglu", _geglu_grad, setup_context=_setup, lib=library)
