@@ -58,7 +58,8 @@ def check_against_float64(x, table, bias, target, smoothing):
     assert (losses - want).abs().max() <= loss_limit * max(1.0, float(want.abs().max()) / 10)
     for got, wanted in zip(grads, want_grads, strict=True):
         assert got.dtype == x.dtype
-        assert (got - wanted).abs().max() <= grad_limit * max(wanted.abs().max(), 1e-6)
+        # softmax - 1 cancels where the target is near certain: an error of 2^-24 of 1, not of the difference
+        assert (got - wanted).abs().max() <= grad_limit * max(wanted.abs().max(), 0.1)
     return losses, grads
 
 
