@@ -16,7 +16,7 @@ class InputError(ValueError):
 
 @contextlib.contextmanager
 def input_errors() -> Iterator[None]:
-    """Turn a ``ValueError`` or ``TypeError`` of the library into an :class:`InputError`: a command shows it in one line."""
+    """Turn a ``ValueError`` or ``TypeError`` of the library into an :class:`InputError`, which shows in one line."""
     try:
         yield
     except InputError:

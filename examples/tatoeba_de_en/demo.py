@@ -24,7 +24,8 @@ BIN = Path(sys.executable).parent
 SHOWN = 10
 # The recipe; the same flags trained the shipped checkpoint, for longer (see RESULTS.md).
 RECIPE = [
-    "--task", "diffusion_seq2seq", "--arch", "ar_diffusion_plus", "--criterion", "diffusion_seq2seq", "--mse-weight", "0.1",
+    "--task", "diffusion_seq2seq", "--arch", "ar_diffusion_plus", "--criterion", "diffusion_seq2seq",
+    "--mse-weight", "0.1",
     "--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--lr", "2e-3", "--lr-scheduler", "inverse_sqrt",
     "--warmup-updates", "300", "--clip-norm", "1.0", "--weight-decay", "0.01", "--max-tokens", "3000",
     "--required-batch-size-multiple", "32", "--required-seq-len-multiple", "2",
@@ -101,7 +102,8 @@ def train(minutes: float, directory: Path) -> Path:
     interval = max(100, int(80 * minutes))
     command = [
         "fairseq-train", str(DATA), "-s", "de", "-t", "en", *RECIPE, *precision(), "--stop-time-hours",
-        f"{minutes / 60:.4f}", "--max-update", "1000000", "--save-dir", str(directory), "--no-epoch-checkpoints", "--seed", "1",
+        f"{minutes / 60:.4f}", "--max-update", "1000000", "--save-dir", str(directory), "--no-epoch-checkpoints",
+        "--seed", "1",
         "--log-format", "simple", "--log-interval", "50", "--eval-bleu", "--eval-bleu-remove-bpe", "sentencepiece",
         "--decode-steps", "5", "--valid-subset", "valid", "--validate-interval-updates", str(interval),
         "--save-interval-updates", str(10 * interval), "--keep-interval-updates", "1",

@@ -23,8 +23,8 @@ def main() -> int:
         "--task", "diffusion_seq2seq", "--path", str(MODEL / "checkpoint.pt"), "--bpe", "sentencepiece",
         "--sentencepiece-model", str(HERE / "sentencepiece.model"), "--remove-bpe", "sentencepiece",
         "--buffer-size", "1000", "--max-tokens", "4000", "--skip-invalid-size-inputs-valid-test", *sys.argv[1:]]
-    result = subprocess.run(command, input="\n".join(lines) + "\n", text=True, encoding="utf-8", stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, env={**os.environ, "PYTHONWARNINGS": "ignore"})
+    result = subprocess.run(command, input="\n".join(lines) + "\n", text=True, encoding="utf-8", capture_output=True,
+                            env={**os.environ, "PYTHONWARNINGS": "ignore"})
     if result.returncode:
         sys.stderr.write(result.stderr)
         return result.returncode

@@ -46,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
                          f"{str(error).splitlines()[0]})") from error
     weights = averaged_weights(checkpoint.get("model", {}))
     if not weights:
-        raise InputError(f"{args.checkpoint} holds no pydiffseq model; give a checkpoint trained with --arch ar_diffusion")
+        raise InputError(
+            f"{args.checkpoint} holds no pydiffseq model; give a checkpoint trained with --arch ar_diffusion")
     dtype = getattr(torch, args.dtype)
     cfg = checkpoint["cfg"]
     cfg["model"]["ema_rate"] = 0.0

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 class ModuleEMA(nn.Module):
     """A float32 copy of ``module`` that follows it: ``ema <- decay * ema + (1 - decay) * module``.
 
-    It is part of the model's state dict, so checkpoints hold it and every fairseq command sees it. It stays float32 when
-    the model is cast to half or bfloat16. The decay starts low, ``min(rate, (1 + n) / (10 + n))`` after n updates, so that
-    a short run is not dominated by its random start.
+    It is part of the model's state dict, so checkpoints hold it and every fairseq command sees it. It stays float32
+    when the model is cast to half or bfloat16. The decay starts low, ``min(rate, (1 + n) / (10 + n))`` after n updates,
+    so that a short run is not dominated by its random start.
     """
 
     def __init__(self, module: nn.Module, rate: float) -> None:
@@ -33,7 +33,7 @@ class ModuleEMA(nn.Module):
 
     @torch.no_grad()
     def update(self, module: nn.Module, num_updates: int) -> None:
-        """Take in ``module`` after ``num_updates`` optimiser updates; a number that was seen already changes nothing."""
+        """Take in ``module`` after ``num_updates`` optimiser updates; a number seen before changes nothing."""
         if num_updates <= int(self.updates):
             return
         self.updates.fill_(num_updates)

@@ -70,7 +70,8 @@ def draw_seed(seed: int | Tensor | None = None) -> Tensor:
         return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64)
     if isinstance(seed, Tensor):
         if seed.numel() != 1 or seed.dtype != torch.int64:
-            raise TypeError(f"seed must be an int or an int64 tensor of one element, got {seed.dtype} {tuple(seed.shape)}")
+            raise TypeError(
+                f"seed must be an int or an int64 tensor of one element, got {seed.dtype} {tuple(seed.shape)}")
         return seed.reshape(1)
     return torch.tensor([seed], dtype=torch.int64)
 

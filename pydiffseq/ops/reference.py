@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
 # --- cross_entropy ---
 
 _LOGITS_AT_ONCE = 1 << 24  # so that other devices do not hold the [M, V] logits either
@@ -58,7 +57,7 @@ _DIFFERENCES_AT_ONCE = 1 << 24
 
 
 def nearest(x: Tensor, table: Tensor, bias: Tensor | None = None, dot: bool = False) -> tuple[Tensor, Tensor]:
-    """Float64 scores by definition, minus the squared distance or the product plus bias; NaN last, first of the best."""
+    """Float64 scores by definition, minus the squared distance or product plus bias; NaN last, first of the best."""
     flat, rows = x.reshape(-1, x.shape[-1]).double(), table.double()
     ids = flat.new_empty(flat.shape[0], dtype=torch.int64)
     step = max(1, _DIFFERENCES_AT_ONCE // (table.shape[0] * (1 if dot else table.shape[1])))
