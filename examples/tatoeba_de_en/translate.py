@@ -21,7 +21,7 @@ def main() -> int:
     command = [
         str(Path(sys.executable).parent / "fairseq-interactive"), str(MODEL), "-s", "de", "-t", "en",
         "--task", "diffusion_seq2seq", "--path", str(MODEL / "checkpoint.pt"), "--bpe", "sentencepiece",
-        "--sentencepiece-model", str(HERE / "sentencepiece.model"), "--remove-bpe", "sentencepiece",
+        "--sentencepiece-model", str(HERE / "sentencepiece.model"),
         "--buffer-size", "1000", "--max-tokens", "4000", "--skip-invalid-size-inputs-valid-test", *sys.argv[1:]]
     result = subprocess.run(command, input="\n".join(lines) + "\n", text=True, encoding="utf-8", capture_output=True,
                             env={**os.environ, "PYTHONWARNINGS": "ignore"})
