@@ -24,6 +24,7 @@ KERNELS = {
     "philox_normal": "philox_normal",
     "dropout": "dropout",
     "dropout_add": "dropout",
+    "geglu": "geglu",
     "nearest": "nearest_search",
     "linear_cross_entropy": "cross_entropy_forward",
     "timestep_attention": "timestep_attention_forward",
