@@ -1,6 +1,7 @@
 """Make a small checkpoint for translation: the averaged weights in float16, without optimiser and training state.
 
-fairseq-generate and fairseq-interactive read the result like any checkpoint; training cannot go on from it.
+fairseq-generate and fairseq-interactive read the result like any checkpoint. Training cannot go on from it, but a new
+one can start from its weights (--finetune-from-model).
 """
 
 from __future__ import annotations
@@ -29,6 +30,46 @@ def averaged_weights(state: dict[str, Any]) -> dict[str, Any]:
     return averaged or {key: value for key, value in state.items() if key.startswith("net.")}
 
 
+def read(path: Path) -> dict[str, Any]:
+    """The checkpoint ``path``, loaded with ``weights_only``."""
+    import torch
+
+    if not path.is_file():
+        raise InputError(f"the checkpoint {path} does not exist")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(f"{path} is not a readable checkpoint ({type(error).__name__}: "
+                         f"{str(error).splitlines()[0]})") from error
+    return checkpoint if isinstance(checkpoint, dict) else {}
+
+
+def slim(checkpoint: dict[str, Any], weights: dict[str, Any], dtype: Any) -> dict[str, Any]:
+    """What fairseq needs to build the model, and the weights as ``dtype``."""
+    cfg = checkpoint["cfg"]
+    cfg["model"]["ema_rate"] = 0.0
+    return {
+        "args": None, "cfg": cfg, "last_optimizer_state": None, "criterion": None,
+        "task_state": checkpoint.get("task_state", {}), "extra_state": {},
+        "optimizer_history": checkpoint.get("optimizer_history", []),
+        "model": {key: value.to(dtype) if value.is_floating_point() else value for key, value in weights.items()},
+    }
+
+
+def write(state: dict[str, Any], path: Path) -> None:
+    """Save ``state``; the file appears only when it is complete."""
+    import torch
+
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:   # torch's zip writer reports a full disk as a RuntimeError
+        raise InputError(f"{path} could not be written ({str(error).splitlines()[0]})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def run(args: argparse.Namespace) -> int:
     import torch
 
@@ -36,32 +77,14 @@ def run(args: argparse.Namespace) -> int:
 
     if args.output.exists() and not args.overwrite:
         raise InputError(f"{args.output} exists; give another name or --overwrite")
-    if not args.checkpoint.is_file():
-        raise InputError(f"the checkpoint {args.checkpoint} does not exist")
-    compat.apply()
-    try:
-        checkpoint = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise InputError(f"{args.checkpoint} is not a readable checkpoint ({type(error).__name__}: "
-                         f"{str(error).splitlines()[0]})") from error
-    weights = averaged_weights(checkpoint.get("model", {}))
-    if not weights:
-        raise InputError(
-            f"{args.checkpoint} holds no pydiffseq model; give a checkpoint trained with --arch ar_diffusion")
-    dtype = getattr(torch, args.dtype)
-    cfg = checkpoint["cfg"]
-    cfg["model"]["ema_rate"] = 0.0
-    slim = {
-        "args": None, "cfg": cfg, "last_optimizer_state": None, "task_state": {}, "extra_state": {},
-        "criterion": None, "optimizer_history": checkpoint.get("optimizer_history", []),
-        "model": {key: value.to(dtype) if value.is_floating_point() else value for key, value in weights.items()},
-    }
-    temporary = args.output.with_name(args.output.name + ".tmp")
-    try:
-        torch.save(slim, temporary)
-        os.replace(temporary, args.output)
-    finally:
-        temporary.unlink(missing_ok=True)
-    size = args.output.stat().st_size
-    print(f"{args.output}: {sum(v.numel() for v in weights.values()):,} parameters, {args.dtype}, {size / 1e6:.1f} MB")
+    if not args.output.parent.is_dir():
+        raise InputError(f"the folder {args.output.parent} of the output does not exist")
+    compat.allow_checkpoint_types()
+    checkpoint = read(args.checkpoint)
+    weights = averaged_weights(checkpoint.get("model") or {})
+    if not weights or "model" not in (checkpoint.get("cfg") or {}):
+        raise InputError(f"{args.checkpoint} holds no pydiffseq model; give a checkpoint trained with --arch ar_diffusion")
+    write(slim(checkpoint, weights, getattr(torch, args.dtype)), args.output)
+    count = sum(value.numel() for value in weights.values())
+    print(f"{args.output}: {count:,} parameters, {args.dtype}, {args.output.stat().st_size / 1e6:.1f} MB")
     return 0

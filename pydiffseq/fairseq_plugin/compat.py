@@ -16,9 +16,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from fairseq import options, utils
+from fairseq import optim, options, utils
+from fairseq.data import data_utils
+from fairseq.trainer import Trainer
 
 from pydiffseq.errors import InputError
+from pydiffseq.fairseq_plugin import checkpoints
 
 PACKAGE = os.path.realpath(os.path.join(os.path.dirname(__file__), os.pardir))
 PLUGIN_NAMES = ("pydiffseq", "pydiffseq.fairseq_plugin", os.path.join("pydiffseq", "fairseq_plugin"))
@@ -29,6 +32,10 @@ def apply() -> None:
     tune_cpu()
     show_input_errors_in_one_line()
     allow_checkpoint_types()
+    checkpoints.apply()
+    train_half_precision_on_cpu()
+    if not hasattr(data_utils.batch_by_size, "__wrapped__"):
+        data_utils.batch_by_size = keeping_last_batch(data_utils.batch_by_size)
     if not hasattr(options.parse_args_and_arch, "__wrapped__"):
         options.parse_args_and_arch = without_implied_tpu(options.parse_args_and_arch)
     if not hasattr(utils.import_user_module, "__wrapped__"):
@@ -60,12 +67,20 @@ def show_input_errors_in_one_line() -> None:
 
     @functools.wraps(previous)
     def excepthook(kind, error, traceback) -> None:
-        if isinstance(error, InputError):
-            print(f"pydiffseq: error: {error}", file=sys.stderr)
+        input_error = _find_input_error(error)
+        if input_error is not None:
+            print(f"pydiffseq: error: {input_error}", file=sys.stderr)
         else:
             previous(kind, error, traceback)
 
     sys.excepthook = excepthook
+
+
+def _find_input_error(error: BaseException | None) -> InputError | None:
+    """``error`` itself or the one it was raised from: fairseq raises another one on top while it loads a checkpoint."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def checkpoint_types() -> list:
@@ -106,6 +121,53 @@ def without_implied_tpu(parse: Callable) -> Callable:
         return result
 
     return parse_args_and_arch
+
+
+def keeping_last_batch(batch_by_size: Callable) -> Callable:
+    """Wrap ``data_utils.batch_by_size``, which drops the last batch unless its size is a multiple of 8 (the default).
+
+    These are the longest sentences of a data set: fairseq would neither train on them nor translate and score them.
+    """
+
+    @functools.wraps(batch_by_size)
+    def batch_all(indices: typing.Any, *args: typing.Any, **kwargs: typing.Any) -> typing.Any:
+        if not isinstance(indices, np.ndarray):
+            indices = np.fromiter(indices, dtype=np.int64, count=-1)
+        batches = batch_by_size(indices, *args, **kwargs)
+        kept = sum(map(len, batches))
+        if kwargs.get("fixed_shapes") is not None or kept == len(indices):
+            return batches
+        return [*batches, indices[kept:]]
+
+    return batch_all
+
+
+def train_half_precision_on_cpu() -> None:
+    """Let ``--fp16`` train on a CPU, where fairseq asks for a CUDA device to flatten gradients and after an overflow."""
+    if hasattr(Trainer.train_step, "__repaired__"):
+        return
+    build, step = optim.FP16Optimizer.build_optimizer.__func__, Trainer.train_step
+
+    @functools.wraps(build)
+    def build_optimizer(cls: type, cfg: typing.Any, params: typing.Any, **kwargs: typing.Any) -> typing.Any:
+        params = list(params)
+        if params[0].device.type == "cpu":
+            cfg.common.fp16_no_flatten_grads = True
+        return build(cls, cfg, params, **kwargs)
+
+    @functools.wraps(step)
+    def train_step(self: Trainer, samples: typing.Any, raise_oom: bool = False) -> typing.Any:
+        try:
+            return step(self, samples, raise_oom)
+        except (AssertionError, RuntimeError) as error:   # of tensor.cuda(), while it handled the overflow
+            if self.cuda or not isinstance(error.__context__, OverflowError):
+                raise
+            self.zero_grad()
+            return None
+
+    optim.FP16Optimizer.build_optimizer = classmethod(build_optimizer)
+    train_step.__repaired__ = True  # type: ignore[attr-defined]
+    Trainer.train_step = train_step
 
 
 def accept_own_user_dir(import_user_module: Callable) -> Callable:

@@ -28,10 +28,11 @@ class DiffusionGenerator:
         if prefix_tokens is not None or constraints is not None:
             raise InputError("diffusion decoding takes neither --prefix-size nor --constraints")
         model = models[0]
+        while not isinstance(model, ARDiffusionModel) and hasattr(model, "module"):
+            model = model.module   # DistributedDataParallel, in validation
         if not isinstance(model, ARDiffusionModel):
-            raise InputError(
-                f"task diffusion_seq2seq decodes diffusion models, but the checkpoint holds a {type(model).__name__}; "
-                "give a checkpoint trained with --arch ar_diffusion")
+            raise InputError(f"diffusion decoding takes a diffusion model, got a {type(model).__name__}; "
+                             "give a checkpoint trained with --arch ar_diffusion")
         model.eval()
         source = sample["net_input"]["src_tokens"]
         ids = sample["id"] if sample.get("id") is not None else _content_ids(source, self.pad)

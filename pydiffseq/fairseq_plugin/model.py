@@ -9,6 +9,8 @@ import torch
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.dataclass.utils import merge_with_parent
 from fairseq.models import BaseFairseqModel, register_model, register_model_architecture
+from fairseq.tasks import FairseqTask
+from hydra.core.config_store import ConfigStore
 from torch import Tensor
 
 from pydiffseq.errors import InputError, input_errors
@@ -48,6 +50,8 @@ class ARDiffusionModel(BaseFairseqModel):
 
     @classmethod
     def build_model(cls, cfg, task) -> ARDiffusionModel:
+        if isinstance(task, FairseqTask) and not getattr(task, "trains_diffusion", False):
+            raise InputError(f"arch {cfg._name} works with --task diffusion_seq2seq, got the task {task.cfg._name}")
         # A field that is newer than the checkpoint gets its default (fairseq merges only the base architecture's).
         cfg = merge_with_parent(ARDiffusionModelConfig(), cfg, remove_missing=True)
         values = {f.name: cfg[f.name] for f in dataclasses.fields(ARDiffusionModelConfig) if not f.name.startswith("_")}
@@ -97,6 +101,13 @@ class ARDiffusionModel(BaseFairseqModel):
             state_dict.update({f"{prefix}ema.module.{key[start:]}": value for key, value in net.items()})
             state_dict[f"{prefix}ema.updates"] = torch.zeros((), dtype=torch.int64)
 
+    def load_state_dict(self, state_dict, strict: bool = True, model_cfg=None, args=None):
+        try:
+            return super().load_state_dict(state_dict, strict, model_cfg, args)
+        except RuntimeError as error:
+            mismatch = str(error).splitlines()[1 if "\n" in str(error) else 0].strip()
+            raise InputError(f"the checkpoint does not fit a model of these options: {mismatch}") from error
+
     def _check_vocabulary(self, table: Tensor | None) -> None:
         if table is not None and len(table) != self.net.config.vocabulary:
             raise InputError(
@@ -131,6 +142,11 @@ def _register(name: str, values: dict[str, Any]) -> None:
     def architecture(args) -> None:
         for key, value in values.items():
             setattr(args, key, getattr(args, key, value))
+
+    # fairseq-hydra-train does not call architecture functions; it reads model=<name> from this store.
+    node = ARDiffusionModelConfig(**values)
+    node._name = name
+    ConfigStore.instance().store(name=name, group="model", node=node, provider="pydiffseq")
 
 
 for _name, _values in ARCHITECTURES.items():

@@ -1,21 +1,25 @@
 """The fairseq task ``diffusion_seq2seq``: translation data, diffusion losses, diffusion decoding."""
 
+import hashlib
 import logging
 from argparse import Namespace
 from dataclasses import dataclass, field
 
-from fairseq.data import LanguagePairDataset
+import torch
+from fairseq.data import Dictionary, LanguagePairDataset
 from fairseq.dataclass import ChoiceEnum
 from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
+from omegaconf import OmegaConf
 
 from pydiffseq.decoding import MBR_DIRECTIONS, DecodeOptions
 from pydiffseq.decoding.decode import FINALS, ROUNDINGS
 from pydiffseq.diffusion import SOLVERS
 from pydiffseq.diffusion.steps import ENDS
-from pydiffseq.errors import input_errors
-from pydiffseq.fairseq_plugin.criterion import DiffusionCriterionConfig
+from pydiffseq.errors import InputError, input_errors
+from pydiffseq.fairseq_plugin.criterion import DiffusionCriterion, DiffusionCriterionConfig
 from pydiffseq.fairseq_plugin.generator import DiffusionGenerator
+from pydiffseq.fairseq_plugin.model import ARDiffusionModel
 
 logger = logging.getLogger(__name__)
 DEFAULTS = DecodeOptions()
@@ -47,27 +51,80 @@ class DiffusionSeq2SeqTask(TranslationTask):
     """Translation with diffusion models; everything else is fairseq's translation task."""
 
     cfg: DiffusionSeq2SeqConfig
+    trains_diffusion = True   # what a diffusion model asks of its task
+
+    def build_model(self, cfg, from_checkpoint: bool = False):
+        """A diffusion model; with ``--truncate-source`` sources are cut to what it reads."""
+        model = super().build_model(cfg, from_checkpoint)
+        if not isinstance(model, ARDiffusionModel):
+            raise InputError(f"task diffusion_seq2seq works with diffusion models, got a {type(model).__name__}; "
+                             "give --arch ar_diffusion, or a checkpoint trained with it")
+        if self.cfg.truncate_source:
+            self.cfg.max_source_positions = min(self.cfg.max_source_positions, model.max_positions()[0])
+        return model
 
     def build_criterion(self, cfg, from_checkpoint: bool = False):
         """The configured criterion; fairseq's default, which cannot score a diffusion model, becomes ours."""
         if getattr(cfg, "_name", None) == "cross_entropy":
             logger.info("criterion cross_entropy does not apply to diffusion models; using diffusion_seq2seq")
-            cfg = DiffusionCriterionConfig(_name="diffusion_seq2seq")
-        return super().build_criterion(cfg)
+            cfg = OmegaConf.structured(DiffusionCriterionConfig(_name="diffusion_seq2seq"))
+        criterion = super().build_criterion(cfg)
+        if not isinstance(criterion, DiffusionCriterion):
+            raise InputError(f"the criterion of task diffusion_seq2seq must be diffusion_seq2seq, got {cfg._name}")
+        return criterion
 
     def build_generator(self, models, args: Namespace, seq_gen_cls=None, extra_gen_cls_kwargs=None,
                         **unused) -> DiffusionGenerator:
-        """Options come from the task's config: at generation fairseq fills it from the command line."""
-        cfg = self.cfg
+        """Options come from the task's config, which fairseq fills from the command line when it generates.
+
+        ``--eval-bleu-args '{"decode_steps": 5}'`` sets them for validation.
+        """
+        if len(models) != 1:
+            raise InputError(f"diffusion decoding takes one checkpoint in --path, got {len(models)}; average them first")
+
+        def value(name: str):
+            chosen = getattr(args, name, None)
+            return getattr(self.cfg, name) if chosen is None else chosen
+
         with input_errors():
             options = DecodeOptions(
-                steps=cfg.decode_steps, solver=str(cfg.solver), length_beam=cfg.length_beam,
-                noise_beam=cfg.noise_beam, rounding=str(cfg.rounding), step_end=str(cfg.step_end),
-                final=str(cfg.final), mbr_direction=str(cfg.mbr_direction), seed=cfg.decode_seed,
+                steps=value("decode_steps"), solver=str(value("solver")), length_beam=value("length_beam"),
+                noise_beam=value("noise_beam"), rounding=str(value("rounding")), step_end=str(value("step_end")),
+                final=str(value("final")), mbr_direction=str(value("mbr_direction")), seed=value("decode_seed"),
                 history=bool(getattr(args, "retain_iter_history", False)))
+        candidates = options.length_beam * options.noise_beam
+        if getattr(args, "nbest", 1) > candidates:
+            logger.warning("--nbest %d, but only %d candidate(s): raise --noise-beam or --length-beam",
+                           args.nbest, candidates)
         return DiffusionGenerator(self.target_dictionary, options)
 
     def build_dataset_for_inference(self, src_tokens, src_lengths, constraints=None, **unused) -> LanguagePairDataset:
+        """The lines of fairseq-interactive, cut under ``--truncate-source`` as fairseq cuts those of a data folder."""
+        if self.cfg.truncate_source:
+            longest = self.cfg.max_source_positions
+            src_tokens = [torch.cat([line[: longest - 1], line[-1:]]) if len(line) > longest else line
+                          for line in src_tokens]
+            src_lengths = [len(line) for line in src_tokens]
         return LanguagePairDataset(
             src_tokens, src_lengths, self.source_dictionary, tgt_dict=self.target_dictionary,
             left_pad_source=self.cfg.left_pad_source, constraints=constraints)
+
+    def state_dict(self) -> dict:
+        """What a checkpoint keeps of the task: digests of the dictionaries, whose order gives the ids their meaning."""
+        return {**super().state_dict(), "dictionaries": self._digests()}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Refuse a checkpoint of other dictionaries; those of the same size would translate into nonsense."""
+        saved = state_dict.pop("dictionaries", {})
+        for side, digest in self._digests().items():
+            if saved.get(side, digest) != digest:
+                raise InputError(f"the {side} dictionary in {self.cfg.data} is not the one that the checkpoint was "
+                                 "trained with; give the data folder that holds the training dictionary")
+        super().load_state_dict(state_dict)
+
+    def _digests(self) -> dict[str, str]:
+        return {"source": _digest(self.source_dictionary), "target": _digest(self.target_dictionary)}
+
+
+def _digest(dictionary: Dictionary) -> str:
+    return hashlib.sha256("\n".join(dictionary.symbols).encode()).hexdigest()[:16]

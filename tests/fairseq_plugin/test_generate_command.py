@@ -1,0 +1,105 @@
+"""fairseq-generate and fairseq-interactive: every decoding option, empty and long lines."""
+
+import math
+
+import pytest
+from toy import command, script
+
+from pydiffseq.diffusion import SOLVERS
+
+
+def generate(data, path, *words):
+    return command("generate", data, "--task", "diffusion_seq2seq", "--path", path, "--cpu", "--batch-size", 5, *words)
+
+
+def interactive(data, path, lines, *words):
+    return command("interactive", data, "--task", "diffusion_seq2seq", "--path", path, "--cpu", "--bpe",
+                   "sentencepiece", "--sentencepiece-model", data / "sentencepiece.model", "--remove-bpe",
+                   "sentencepiece", *words, stdin="".join(line + "\n" for line in lines))
+
+
+def test_as_a_user_types_it(data, trained):
+    done = script("generate", data, "--task", "diffusion_seq2seq", "--path", trained, "--scoring", "sacrebleu",
+                  "--remove-bpe", "sentencepiece", "--decode-steps", 2)
+    assert done.returncode == 0, done.stderr
+    assert "Generate test with beam=5: BLEU = " in done.stdout
+    lines = "ba da\n\nfi"
+    done = script("interactive", data, "--task", "diffusion_seq2seq", "--path", trained, "--bpe", "sentencepiece",
+                  "--sentencepiece-model", data / "sentencepiece.model", "--decode-steps", 2, stdin=lines)
+    assert done.returncode == 0, done.stderr
+    hypotheses = [line for line in done.stdout.splitlines() if line.startswith("D-")]
+    assert [line.split("\t")[0] for line in hypotheses] == ["D-0", "D-1", "D-2"]
+    assert hypotheses[1] == "D-1\t0.0\t"
+
+
+@pytest.mark.parametrize("solver", list(SOLVERS))
+@pytest.mark.parametrize("steps", [1, 2, 20])
+def test_solvers_and_steps(data, trained, solver, steps):
+    run = generate(data, trained, "--solver", solver, "--decode-steps", steps, "--print-step", "--retain-iter-history",
+                   "--scoring", "sacrebleu", "--remove-bpe", "sentencepiece")
+    assert run.bleu().startswith("Generate test with beam=5: BLEU = ")
+    assert sorted(run.lines("D")) == list(range(12))
+    assert all(fields == [[str(steps)]] for fields in run.lines("I").values())
+    history = run.lines("E")
+    assert len(history) == 12 * steps
+    for sentence, [[score, words]] in run.lines("H").items():
+        assert math.isfinite(float(score))
+        [[scores]] = run.lines("P")[sentence]
+        assert all(float(word) <= 0 for word in scores.split())
+        assert float(score) == pytest.approx(
+            sum(map(float, scores.split())) / max(1, len(scores.split())), abs=1e-3)
+
+
+def test_translation_does_not_depend_on_the_batch(data, trained):
+    runs = [generate(data, trained, "--batch-size", size, "--decode-steps", 5) for size in (1, 5, 12)]
+    assert runs[0].lines("H").keys() == runs[1].lines("H").keys()
+    for kind in "TD":
+        texts = [{i: fields[0][-1] for i, fields in run.lines(kind).items()} for run in runs]
+        assert texts[0] == texts[1] == texts[2]
+
+
+def test_candidates_nbest_and_seed(data, trained):
+    words = ["--noise-beam", 3, "--length-beam", 2, "--nbest", 4, "--decode-steps", 3]
+    run = generate(data, trained, *words)
+    for hypotheses in run.lines("H").values():
+        scores = [float(score) for score, _ in hypotheses]
+        assert len(scores) == 4 and scores == sorted(scores, reverse=True)
+    assert run.out == generate(data, trained, *words).out
+    assert run.out != generate(data, trained, *words, "--decode-seed", 2).out
+    few = generate(data, trained, "--nbest", 3)
+    assert all(len(hypotheses) == 1 for hypotheses in few.lines("H").values())
+    assert any("only 1 candidate" in message for _, message in few.log)
+
+
+def test_published_options(data, trained):
+    run = generate(data, trained, "--rounding", "every", "--step-end", "zero", "--final", "state", "--mbr-direction",
+                   "reference", "--noise-beam", 2, "--decode-steps", 3, "--fp16")
+    assert sorted(run.lines("D")) == list(range(12))
+
+
+def test_interactive_lines(data, trained):
+    """An empty line, also between others, gives an empty translation; a line's translation depends on it alone."""
+    lines = ["ba da fi", "", "   ", "lo mi nu", "ba da fi"]
+    run = interactive(data, trained, lines, "--decode-steps", 4)
+    texts = {i: fields[0][-1] for i, fields in run.lines("D").items()}
+    assert sorted(texts) == [0, 1, 2, 3, 4]
+    assert texts[1] == texts[2] == "" and texts[0] and texts[0] == texts[4]
+    together = interactive(data, trained, lines, "--decode-steps", 4, "--buffer-size", 5, "--batch-size", 5)
+    assert {i: fields[0][-1] for i, fields in together.lines("D").items()} == texts
+
+
+def test_interactive_long_line(data, trained):
+    """32 source positions: fairseq refuses, skips or truncates a longer line as its flags say."""
+    long = " ".join(["ba"] * 60)
+    with pytest.raises(Exception, match="skip this example with --skip-invalid-size-inputs-valid-test"):
+        interactive(data, trained, [long])
+    skipped = interactive(data, trained, ["fi", long, "fi"], "--skip-invalid-size-inputs-valid-test", "--decode-steps", 2)
+    assert sorted(skipped.lines("D")) == [0, 2]
+    cut = interactive(data, trained, ["fi", long], "--truncate-source", "--decode-steps", 2)
+    assert sorted(cut.lines("D")) == [0, 1]
+    assert len(cut.lines("S")[1][0][0].split()) in range(15, 33)
+
+
+def test_prefix_and_constraints_are_refused(data, trained):
+    with pytest.raises(ValueError, match="--prefix-size"):
+        generate(data, trained, "--prefix-size", 1)
