@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import torch
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
@@ -64,7 +64,7 @@ class ARDiffusionModel(BaseFairseqModel):
 
     def network(self) -> ARDiffusion:
         """The network to run: the trained one in training, the averaged one in evaluation."""
-        return self.net if self.training or self.ema is None else self.ema.module
+        return self.net if self.training or self.ema is None else cast(ARDiffusion, self.ema.module)
 
     def forward(self, src_tokens: Tensor, target: Tensor, ids: Tensor | None = None, seed: int | None = None,
                 **unused) -> Losses:
@@ -84,7 +84,7 @@ class ARDiffusionModel(BaseFairseqModel):
         """Keep only the averaged weights, in the precision that the command asked for."""
         if self.ema is not None:
             dtype = next(self.net.parameters()).dtype
-            self.net = self.ema.module.to(dtype)
+            self.net = cast(ARDiffusion, self.ema.module.to(dtype))
             self.ema = None
 
     def upgrade_state_dict_named(self, state_dict: dict[str, Tensor], name: str) -> None:

@@ -31,18 +31,20 @@ class DiffusionSeq2SeqConfig(TranslationConfig):
 
     left_pad_source: bool = field(default=False, metadata={"help": "pad the source on the left"})
     decode_steps: int = field(default=DEFAULTS.steps, metadata={"help": "network calls per candidate"})
-    solver: ChoiceEnum(tuple(SOLVERS)) = field(default=DEFAULTS.solver, metadata={"help": "how a step is taken"})
+    solver: ChoiceEnum(tuple(SOLVERS)) = field(  # type: ignore[valid-type]
+        default=DEFAULTS.solver, metadata={"help": "how a step is taken"})
     length_beam: int = field(default=DEFAULTS.length_beam, metadata={
         "help": "how many of the likeliest lengths to try (length_policy=predict)"})
     noise_beam: int = field(default=DEFAULTS.noise_beam, metadata={"help": "candidates per length"})
-    rounding: ChoiceEnum(ROUNDINGS) = field(default=DEFAULTS.rounding, metadata={
-        "help": "round every x0_hat to its nearest embedding (published: every)"})
-    step_end: ChoiceEnum(ENDS) = field(default=DEFAULTS.step_end, metadata={
-        "help": "end the step list at the clean state or at timestep 0 (zero, as published)"})
-    final: ChoiceEnum(FINALS) = field(default=DEFAULTS.final, metadata={
-        "help": "read the tokens off the last x0_hat or off the final state (published)"})
-    mbr_direction: ChoiceEnum(MBR_DIRECTIONS) = field(default=DEFAULTS.mbr_direction, metadata={
-        "help": "role of the judged candidate in MBR's sentence BLEU"})
+    rounding: ChoiceEnum(ROUNDINGS) = field(  # type: ignore[valid-type]
+        default=DEFAULTS.rounding, metadata={"help": "round every x0_hat to its nearest embedding (published: every)"})
+    step_end: ChoiceEnum(ENDS) = field(  # type: ignore[valid-type]
+        default=DEFAULTS.step_end, metadata={
+            "help": "end the step list at the clean state or at timestep 0 (zero, as published)"})
+    final: ChoiceEnum(FINALS) = field(  # type: ignore[valid-type]
+        default=DEFAULTS.final, metadata={"help": "read the tokens off the last x0_hat or off the final state (published)"})
+    mbr_direction: ChoiceEnum(MBR_DIRECTIONS) = field(  # type: ignore[valid-type]
+        default=DEFAULTS.mbr_direction, metadata={"help": "role of the judged candidate in MBR's sentence BLEU"})
     decode_seed: int = field(default=DEFAULTS.seed, metadata={"help": "seed of the decoding noise"})
 
 

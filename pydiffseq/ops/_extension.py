@@ -17,7 +17,7 @@ from torch import Tensor
 try:
     if os.environ.get("PYDIFFSEQ_EXTENSION") == "0":  # lets a test or a user run the plain-torch fallback
         raise ImportError("switched off by PYDIFFSEQ_EXTENSION=0")
-    from pydiffseq import _C as C
+    import pydiffseq._C as C
 except ImportError as error:
     C = None
     MISSING_REASON = str(error)

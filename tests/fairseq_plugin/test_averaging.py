@@ -3,8 +3,8 @@
 import pytest
 import torch
 from test_generate_command import generate
-from toy import command, load, train
 from torch import nn
+from toy import command, load, train
 
 from pydiffseq.fairseq_plugin.ema import ModuleEMA
 

@@ -42,7 +42,7 @@ def test_solvers_and_steps(data, trained, solver, steps):
     assert all(fields == [[str(steps)]] for fields in run.lines("I").values())
     history = run.lines("E")
     assert len(history) == 12 * steps
-    for sentence, [[score, words]] in run.lines("H").items():
+    for sentence, [[score, _]] in run.lines("H").items():
         assert math.isfinite(float(score))
         [[scores]] = run.lines("P")[sentence]
         assert all(float(word) <= 0 for word in scores.split())
@@ -81,9 +81,11 @@ def test_interactive_lines(data, trained):
     """An empty line, also between others, gives an empty translation; a line's translation depends on it alone."""
     lines = ["ba da fi", "", "   ", "lo mi nu", "ba da fi"]
     run = interactive(data, trained, lines, "--decode-steps", 4)
+    scores = {i: fields[0][0] for i, fields in run.lines("P").items()}   # of the tokens, one number each
+    assert sorted(scores) == [0, 1, 2, 3, 4]
+    assert scores[1] == scores[2] == "" and scores[0] and scores[0] == scores[4]
+    assert run.lines("D")[1] == [["0.0", ""]]
     texts = {i: fields[0][-1] for i, fields in run.lines("D").items()}
-    assert sorted(texts) == [0, 1, 2, 3, 4]
-    assert texts[1] == texts[2] == "" and texts[0] and texts[0] == texts[4]
     together = interactive(data, trained, lines, "--decode-steps", 4, "--buffer-size", 5, "--batch-size", 5)
     assert {i: fields[0][-1] for i, fields in together.lines("D").items()} == texts
 
