@@ -19,9 +19,6 @@ class ModuleEMA(nn.Module):
     module: nn.Module
     updates: Tensor   # int64, the optimiser updates taken in
 
-    module: nn.Module
-    updates: Tensor   # int64 [], how many optimiser updates it has taken in
-
     def __init__(self, module: nn.Module, rate: float) -> None:
         super().__init__()
         if not 0.0 < rate < 1.0:
