@@ -47,9 +47,12 @@ translate: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
+# BENCH narrows the choice: make bench BENCH="-k 'float32 and not rotary'"
+BENCH ?=
 bench: $(VENV)/.installed
 	@mkdir -p build/bench
-	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only --benchmark-json=build/bench/cpu.json -q
+	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only -q --benchmark-max-time=0.5 \
+	  --benchmark-min-rounds=3 --benchmark-json=build/bench/cpu.json $(BENCH)
 	$(BIN)/python benchmarks/table.py build/bench/cpu.json --markdown build/bench/cpu.md
 
 lint: $(VENV)/.installed
