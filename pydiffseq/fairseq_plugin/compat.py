@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from fairseq import optim, options, utils
 from fairseq.data import data_utils
+from fairseq.models import distributed_fairseq_model
 from fairseq.trainer import Trainer
 
 from pydiffseq.errors import InputError
@@ -34,6 +35,9 @@ def apply() -> None:
     allow_checkpoint_types()
     checkpoints.apply()
     train_half_precision_on_cpu()
+    if not hasattr(distributed_fairseq_model.DistributedDataParallel, "__wrapped__"):
+        distributed_fairseq_model.DistributedDataParallel = without_device_on_cpu(
+            distributed_fairseq_model.DistributedDataParallel)
     if not hasattr(data_utils.batch_by_size, "__wrapped__"):
         data_utils.batch_by_size = keeping_last_batch(data_utils.batch_by_size)
     if not hasattr(options.parse_args_and_arch, "__wrapped__"):
@@ -140,6 +144,18 @@ def keeping_last_batch(batch_by_size: Callable) -> Callable:
         return [*batches, indices[kept:]]
 
     return batch_all
+
+
+def without_device_on_cpu(parallel: type) -> Callable:
+    """Wrap ``DistributedDataParallel``, which fairseq always gives a CUDA device, so that it trains on CPUs, too."""
+
+    @functools.wraps(parallel, updated=())
+    def distributed_data_parallel(module: torch.nn.Module, *args: typing.Any, **kwargs: typing.Any) -> torch.nn.Module:
+        if all(parameter.device.type == "cpu" for parameter in module.parameters()):
+            kwargs |= {"device_ids": None, "output_device": None}
+        return parallel(module, *args, **kwargs)
+
+    return distributed_data_parallel
 
 
 def train_half_precision_on_cpu() -> None:

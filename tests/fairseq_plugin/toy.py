@@ -28,7 +28,7 @@ class Run(NamedTuple):
 
     def stats(self, name):
         """The numbers logged as json by ``name``: train_inner, train or valid."""
-        return [{key: float(value) if key != "epoch" else value for key, value in json.loads(message).items()}
+        return [{key: float(value) for key, value in json.loads(message).items() if value is not None}
                 for logger, message in self.log if logger == name and message.startswith("{")]
 
     def lines(self, kind):
