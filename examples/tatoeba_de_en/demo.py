@@ -107,7 +107,7 @@ def train(minutes: float, directory: Path) -> Path:
     """Train from scratch with the stock command for ``minutes``; show losses and validation BLEU as they come."""
     if (ROOT / directory).exists():
         shutil.rmtree(ROOT / directory)
-    interval = max(100, int(80 * minutes))
+    interval = max(100, int(50 * minutes))
     command = [
         "fairseq-train", str(DATA), "-s", "de", "-t", "en", *RECIPE, *precision(), "--stop-time-hours",
         f"{minutes / 60:.4f}", "--max-update", "1000000", "--save-dir", str(directory), "--no-epoch-checkpoints",

@@ -9,7 +9,8 @@ from pydiffseq.diffusion import SOLVERS
 
 
 def generate(data, path, *words):
-    return command("generate", data, "--task", "diffusion_seq2seq", "--path", path, "--cpu", "--batch-size", 5, *words)
+    return command("generate", data, "--task", "diffusion_seq2seq", "--path", path, "--cpu", "--num-workers", 0,
+                   "--batch-size", 5, *words)
 
 
 def interactive(data, path, lines, *words):
