@@ -22,7 +22,7 @@ DATA = Path("work/tatoeba")
 MODEL = HERE / "model"
 BIN = Path(sys.executable).parent
 SHOWN = 10
-DECODE = ["--decode-steps", "3", "--rounding", "every", "--length-beam", "3", "--noise-beam", "2"]
+DECODE = ["--decode-steps", "3", "--length-beam", "3", "--noise-beam", "2"]
 # The recipe; the same flags trained the shipped checkpoint, for longer (see RESULTS.md).
 RECIPE = [
     "--task", "diffusion_seq2seq", "--arch", "ar_diffusion_plus", "--criterion", "diffusion_seq2seq",
@@ -113,11 +113,11 @@ def train(minutes: float, directory: Path) -> Path:
         f"{minutes / 60:.4f}", "--max-update", "1000000", "--save-dir", str(directory), "--no-epoch-checkpoints",
         "--seed", "1",
         "--log-format", "simple", "--log-interval", "50", "--eval-bleu", "--eval-bleu-remove-bpe", "sentencepiece",
-        "--decode-steps", "3", "--rounding", "every", "--valid-subset", "valid",
+        "--decode-steps", "3", "--valid-subset", "valid",
         "--validate-interval-updates", str(interval),
         "--save-interval-updates", str(10 * interval), "--keep-interval-updates", "1",
     ]
-    run(command, keep=re.compile(r"epoch \d+[:|].*?(loss=\S+|valid on.*?\| loss \S+).*?(num_updates[= ]\S+|bleu \S+)"))
+    run(command, keep=re.compile(r"epoch \d+ ?[:|].*?(loss=\S+|valid on.*?\| loss \S+).*?(num_updates[= ]\S+|bleu \S+)"))
     return ROOT / directory / "checkpoint_last.pt"
 
 

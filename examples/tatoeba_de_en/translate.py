@@ -23,7 +23,7 @@ def main() -> int:
         "--task", "diffusion_seq2seq", "--path", str(MODEL / "checkpoint.pt"), "--bpe", "sentencepiece",
         "--sentencepiece-model", str(HERE / "sentencepiece.model"),
         "--buffer-size", "1000", "--max-tokens", "4000", "--skip-invalid-size-inputs-valid-test",
-        "--decode-steps", "3", "--rounding", "every", "--length-beam", "3", "--noise-beam", "2", *sys.argv[1:]]
+        "--decode-steps", "3", "--length-beam", "3", "--noise-beam", "2", *sys.argv[1:]]
     result = subprocess.run(command, input="\n".join(lines) + "\n", text=True, encoding="utf-8", capture_output=True,
                             env={**os.environ, "PYTHONWARNINGS": "ignore"})
     if result.returncode:

@@ -41,7 +41,7 @@ class DecodeOptions:
     solver: str = "skip"
     length_beam: int = 1
     noise_beam: int = 1
-    rounding: str = "off"
+    rounding: str = "every"
     step_end: str = "clean"
     final: str = "x0_hat"
     mbr_direction: str = "hypothesis"
