@@ -15,19 +15,29 @@ PLUGIN = "pydiffseq.fairseq_plugin"
 
 
 class PluginFinder:
-    """A ``sys.meta_path`` finder that wraps the loader of ``fairseq`` once and is gone."""
+    """A ``sys.meta_path`` finder that wraps the loader of ``fairseq`` and is gone once fairseq is imported.
+
+    Until then it stays: ``importlib.util.find_spec("fairseq")``, by which programs ask whether fairseq is there, finds
+    without importing.
+    """
 
     @staticmethod
     def find_spec(name, path=None, target=None):
         if name != "fairseq":
             return None
-        sys.meta_path.remove(PluginFinder)
-        spec = importlib.util.find_spec(name)
+        position = sys.meta_path.index(PluginFinder)
+        del sys.meta_path[position]
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            sys.meta_path.insert(position, PluginFinder)
         if spec is None or not hasattr(spec.loader, "exec_module") or spec.origin is None:
             return spec  # no fairseq, or only a folder of that name
         execute = spec.loader.exec_module
 
         def execute_then_register(module):
+            if PluginFinder in sys.meta_path:
+                sys.meta_path.remove(PluginFinder)
             execute(module)
             register()
 

@@ -50,6 +50,15 @@ def test_hook_registers_after_fairseq(stand_ins):
     assert done.stdout == "registered, fairseq complete: True\n"
 
 
+def test_hook_survives_the_question_whether_fairseq_is_there(stand_ins):
+    """``find_spec`` without an import, as many libraries call it, must not use the hook up."""
+    code = "import pydiffseq_autoload, importlib.util as u; assert u.find_spec('fairseq') and u.find_spec('fairseq')"
+    assert passes(code, folders=[stand_ins], site=False).stdout == ""
+    done = passes(f"{code}; import fairseq, sys; assert 'PluginFinder' not in repr(sys.meta_path)", folders=[stand_ins],
+                  site=False)
+    assert done.stdout == "registered, fairseq complete: True\n"
+
+
 def test_hook_costs_no_import():
     """Run at every interpreter start, the hook loads neither torch, fairseq nor the package."""
     code = "import pydiffseq_autoload, sys; assert {'torch', 'fairseq', 'pydiffseq'}.isdisjoint(sys.modules)"
