@@ -23,7 +23,7 @@ MODEL = HERE / "model"
 BIN = Path(sys.executable).parent
 SHOWN = 10
 DECODE = ["--decode-steps", "3", "--length-beam", "3", "--noise-beam", "2"]
-# The recipe; the same flags trained the shipped checkpoint, for longer (see RESULTS.md).
+# The recipe of the shipped checkpoint but for the warm-up, the moving average and the learning rate's end (see RESULTS.md).
 RECIPE = [
     "--task", "diffusion_seq2seq", "--arch", "ar_diffusion_plus", "--criterion", "diffusion_seq2seq",
     "--mse-weight", "0.1",
