@@ -16,13 +16,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from fairseq import optim, options, utils
+from fairseq import options, utils
 from fairseq.data import data_utils
 from fairseq.models import distributed_fairseq_model
-from fairseq.trainer import Trainer
 
 from pydiffseq.errors import InputError
-from pydiffseq.fairseq_plugin import checkpoints
+from pydiffseq.fairseq_plugin import checkpoints, half_precision
 
 PACKAGE = os.path.realpath(os.path.join(os.path.dirname(__file__), os.pardir))
 PLUGIN_NAMES = ("pydiffseq", "pydiffseq.fairseq_plugin", os.path.join("pydiffseq", "fairseq_plugin"))
@@ -34,7 +33,7 @@ def apply() -> None:
     show_input_errors_in_one_line()
     allow_checkpoint_types()
     checkpoints.apply()
-    train_half_precision_on_cpu()
+    half_precision.apply()
     if not hasattr(distributed_fairseq_model.DistributedDataParallel, "__wrapped__"):
         distributed_fairseq_model.DistributedDataParallel = without_device_on_cpu(
             distributed_fairseq_model.DistributedDataParallel)
@@ -156,34 +155,6 @@ def without_device_on_cpu(parallel: type) -> Callable:
         return parallel(module, *args, **kwargs)
 
     return distributed_data_parallel
-
-
-def train_half_precision_on_cpu() -> None:
-    """Let ``--fp16`` train on a CPU, where fairseq asks for a CUDA device to flatten gradients and after an overflow."""
-    if hasattr(Trainer.train_step, "__repaired__"):
-        return
-    build, step = optim.FP16Optimizer.build_optimizer.__func__, Trainer.train_step
-
-    @functools.wraps(build)
-    def build_optimizer(cls: type, cfg: typing.Any, params: typing.Any, **kwargs: typing.Any) -> typing.Any:
-        params = list(params)
-        if params[0].device.type == "cpu":
-            cfg.common.fp16_no_flatten_grads = True
-        return build(cls, cfg, params, **kwargs)
-
-    @functools.wraps(step)
-    def train_step(self: Trainer, samples: typing.Any, raise_oom: bool = False) -> typing.Any:
-        try:
-            return step(self, samples, raise_oom)
-        except (AssertionError, RuntimeError) as error:   # of tensor.cuda(), while it handled the overflow
-            if self.cuda or not isinstance(error.__context__, OverflowError):
-                raise
-            self.zero_grad()
-            return None
-
-    optim.FP16Optimizer.build_optimizer = classmethod(build_optimizer)
-    train_step.__repaired__ = True  # type: ignore[attr-defined]
-    Trainer.train_step = train_step
 
 
 def accept_own_user_dir(import_user_module: Callable) -> Callable:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from fairseq.data import Dictionary, LanguagePairDataset
 from fairseq.dataclass import ChoiceEnum
+from fairseq.optim.amp_optimizer import AMPOptimizer
 from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from omegaconf import OmegaConf
@@ -74,6 +75,16 @@ class DiffusionSeq2SeqTask(TranslationTask):
         if not isinstance(criterion, DiffusionCriterion):
             raise InputError(f"the criterion of task diffusion_seq2seq must be diffusion_seq2seq, got {cfg._name}")
         return criterion
+
+    def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False):
+        """As fairseq's, whose ``--amp`` knows CUDA alone: on a CPU it computes the losses in bfloat16 regions, too."""
+        device = next(model.parameters()).device.type
+
+        def amp_criterion(model, sample):
+            with torch.autocast("cpu", torch.bfloat16, enabled=device == "cpu" and isinstance(optimizer, AMPOptimizer)):
+                return criterion(model, sample)
+
+        return super().train_step(sample, model, amp_criterion, optimizer, update_num, ignore_grad)
 
     def build_generator(self, models, args: Namespace, seq_gen_cls=None, extra_gen_cls_kwargs=None,
                         **unused) -> DiffusionGenerator:

@@ -10,6 +10,7 @@ import functools
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,3 +96,21 @@ def check_same_device(**tensors: Tensor | None) -> None:
     for name, tensor in present[1:]:
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, but {first} is on {device}; put both on one device")
+
+
+def autocast(*tensors: Tensor | None) -> list[Any]:
+    """Inside ``torch.autocast`` the tensors in its dtype, as for a matrix product (float64 stays); else unchanged."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device) or any(t is not None and t.dtype == torch.float64 for t in tensors):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors]
+
+
+def autocast_to_widest(*tensors: Tensor | None) -> list[Any]:
+    """Inside ``torch.autocast`` the tensors in the widest of their dtypes; else unchanged."""
+    present = [t for t in tensors if t is not None and t.is_floating_point()]
+    if not present or not torch.is_autocast_enabled(present[0].device.type):
+        return list(tensors)
+    widest = functools.reduce(torch.promote_types, (t.dtype for t in present))
+    return [t if t is None or not t.is_floating_point() else t.to(widest) for t in tensors]

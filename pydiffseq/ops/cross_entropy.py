@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pydiffseq.ops import reference
-from pydiffseq.ops._extension import C, check_float, check_same_device, check_shape, library, pointer, use_kernel
+from pydiffseq.ops._extension import C, autocast, check_float, check_same_device, check_shape, library, pointer, use_kernel
 
 library.define(
     "linear_cross_entropy(Tensor x, Tensor table, Tensor? bias, Tensor target, float label_smoothing, int ignore_index)"
@@ -39,6 +39,7 @@ def linear_cross_entropy(x: Tensor, table: Tensor, bias: Tensor | None, target: 
         ValueError: shapes do not fit, tensors are on different devices, or label_smoothing is outside 0..1.
         IndexError: a target is outside 0..V-1 and not ``ignore_index`` (CPU).
     """
+    x, table, bias = autocast(x, table, bias)
     _check(x, table, bias, target, label_smoothing)
     return torch.ops.pydiffseq.linear_cross_entropy(x, table, bias, target, label_smoothing, ignore_index)[0]
 

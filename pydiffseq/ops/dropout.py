@@ -8,6 +8,7 @@ from torch import Tensor
 from pydiffseq.ops import reference
 from pydiffseq.ops._extension import (
     C,
+    autocast_to_widest,
     check_float,
     check_same_device,
     check_shape,
@@ -62,6 +63,7 @@ def dropout_add(x: Tensor, residual: Tensor, p: float, *, training: bool = True,
         TypeError: x is not floating point, or residual has another dtype.
         ValueError: p is outside 0..1, or residual has another shape or device.
     """
+    x, residual = autocast_to_widest(x, residual)
     _check(x, p)
     if residual.dtype != x.dtype:
         raise TypeError(f"residual must have the dtype of x, {x.dtype}, got {residual.dtype}")

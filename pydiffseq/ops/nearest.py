@@ -10,7 +10,16 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from pydiffseq.ops import reference
-from pydiffseq.ops._extension import C, check_float, check_same_device, check_shape, library, pointer, use_kernel
+from pydiffseq.ops._extension import (
+    C,
+    autocast_to_widest,
+    check_float,
+    check_same_device,
+    check_shape,
+    library,
+    pointer,
+    use_kernel,
+)
 
 library.define("nearest(Tensor x, Tensor table, Tensor? bias, bool dot) -> (Tensor embeddings, Tensor ids)")
 
@@ -37,6 +46,7 @@ def nearest(x: Tensor, table: Tensor, bias: Tensor | None = None, *, metric: str
         TypeError: a dtype is not one of the above.
         ValueError: shapes or devices do not fit, the table is empty, the metric is unknown, or l2 is given a bias.
     """
+    x, table, bias = autocast_to_widest(x, table, bias)
     check_float("x", x)
     if metric not in ("l2", "dot"):
         raise ValueError(f"metric must be 'l2' or 'dot', got {metric!r}")

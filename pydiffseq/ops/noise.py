@@ -10,6 +10,7 @@ from torch import Tensor
 from pydiffseq.ops import _cuda, reference
 from pydiffseq.ops._extension import (
     C,
+    autocast_to_widest,
     check_float,
     check_same_device,
     check_shape,
@@ -130,6 +131,7 @@ def sampler_step(x: Tensor, x0_hat: Tensor, a: Tensor | float, b: Tensor | float
         TypeError: a dtype is not one of the above.
         ValueError: shapes do not fit, tensors are on different devices, or step is out of range.
     """
+    x, x0_hat = autocast_to_widest(x, x0_hat)
     check_float("x", x)
     if x.dim() != 3:
         raise ValueError(f"x must have shape [B, N, d], got {list(x.shape)}")

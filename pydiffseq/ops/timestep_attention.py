@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pydiffseq.ops import reference
-from pydiffseq.ops._extension import C, check_float, check_same_device, draw_seed, library, pointer, use_kernel
+from pydiffseq.ops._extension import C, autocast, check_float, check_same_device, draw_seed, library, pointer, use_kernel
 
 library.define(
     "timestep_attention(Tensor q, Tensor k, Tensor v, Tensor? tau, Tensor? u, Tensor? w, Tensor? timesteps, "
@@ -44,6 +44,7 @@ def timestep_attention(q: Tensor, k: Tensor, v: Tensor, tau: Tensor | None = Non
         TypeError: a tensor is not of q's dtype, or timesteps not int64, or key_mask not bool.
         ValueError: shapes do not fit, a timestep is outside the table, w comes without tau, or devices differ.
     """
+    q, k, v, tau, u, w = autocast(q, k, v, tau, u, w)
     _check(q, k, v, tau, u, w, timesteps, key_mask)
     key = _dropout_key(dropout_p, seed)
     if scale is None:
@@ -72,6 +73,7 @@ def rotary_timestep_attention(q: Tensor, k: Tensor, v: Tensor, rotation: Tensor,
     Raises:
         TypeError, ValueError: as :func:`timestep_attention`; also for an odd D or a rotation of another shape.
     """
+    q, k, v, rotation = autocast(q, k, v, rotation)
     if rotation.shape != q.shape or q.dim() != 4 or q.shape[3] % 2:
         raise ValueError(f"rotation must have the shape of q, [B, N, H, D] with an even D, got {list(rotation.shape)} "
                          f"for q {list(q.shape)}")

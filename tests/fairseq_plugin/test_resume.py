@@ -26,7 +26,7 @@ def losses(monkeypatch):
 @pytest.mark.parametrize("words", [
     ["--arch", "ar_diffusion_plus", "--dropout", 0.3, "--attention-dropout", 0.1],
     ["--length-policy", "pad", "--update-freq", 2, "--timestep-sampler", "uniform"],
-    ["--timestep-sampler", "lossaware", "--diffusion-steps", 4]])
+    ["--timestep-sampler", "lossaware", "--diffusion-steps", 4], ["--bf16"], ["--fp16"], ["--amp"]])
 def test_resume_is_exact(data, tmp_path, losses, words):
     """6 updates, and 3 + 3 with the cut inside an epoch: the same losses, parameters, average and Adam state."""
     words = [*words, "--ema-rate", 0.9, "--save-interval-updates", 3, "--validate-interval-updates", 3, "--log-interval", 1]

@@ -77,6 +77,13 @@ def test_precisions_as_typed(data, tmp_path, precision):
     assert not torch.equal(average, average.bfloat16().float())
 
 
+def test_amp_computes_in_bfloat16_on_a_cpu(data, tmp_path, monkeypatch):
+    seen, linear = set(), torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *a: seen.add((out := linear(*a)).dtype) or out)
+    train(data, tmp_path, "--amp", "--max-update", 1, "--disable-validation")
+    assert seen == {torch.bfloat16}
+
+
 def test_other_options_train(data, tmp_path):
     """Accumulated gradients, several timestep samplers, the pad policy, unused parameters."""
     run = train(data, tmp_path, "--update-freq", 3, "--timestep-sampler", "uniform", "--time-injection", "rotary",
