@@ -117,20 +117,22 @@ class ARDiffusionModel(BaseFairseqModel):
 
 # --- architectures: published hyper-parameters (spec 2.9) and our recipe ---
 
+PUBLISHED = {"length_policy": "pad"}   # the rest is the default of ARDiffusionConfig
+
 ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "ar_diffusion_iwslt_de_en": {},   # the defaults of ARDiffusionConfig
+    "ar_diffusion_iwslt_de_en": PUBLISHED,
     "ar_diffusion_xsum": {
-        "latent_dim": 128, "time_dim": 128, "hidden_dim": 512, "ffn_dim": 2048, "heads": 8,
+        **PUBLISHED, "latent_dim": 128, "time_dim": 128, "hidden_dim": 512, "ffn_dim": 2048, "heads": 8,
         "source_positions": 512, "target_length": 50},
     "ar_diffusion_cnndm": {
-        "latent_dim": 128, "time_dim": 128, "hidden_dim": 512, "ffn_dim": 2048, "heads": 8,
+        **PUBLISHED, "latent_dim": 128, "time_dim": 128, "hidden_dim": 512, "ffn_dim": 2048, "heads": 8,
         "source_positions": 512, "target_length": 180},
     "ar_diffusion_commongen": {
-        "hidden_dim": 128, "ffn_dim": 512, "heads": 8, "source_positions": 128, "target_length": 54},
+        **PUBLISHED, "hidden_dim": 128, "ffn_dim": 512, "heads": 8, "source_positions": 128, "target_length": 54},
     "ar_diffusion_plus": {
         "hidden_dim": 256, "ffn_dim": 1024, "heads": 4, "encoder_layers": 3, "decoder_layers": 3,
         "source_positions": 256, "target_length": 128, "dropout": 0.1, "attention_dropout": 0.0,
-        "length_policy": "predict", "length_relative": True, "self_conditioning": 0.5, "noise_factor": 4.0,
+        "length_relative": True, "self_conditioning": 0.5, "noise_factor": 4.0,
         "embedding_norm": True, "clean_x0": True, "ce_on": "pred", "label_smoothing": 0.1,
         "encoder_pre_norm": True, "without_pooler": True, "decoder_final_norm": True, "share_embeddings": True,
         "ema_rate": 0.999},

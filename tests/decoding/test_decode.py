@@ -14,7 +14,7 @@ from pydiffseq.models import ARDiffusion, ARDiffusionConfig
 PAD, EOS = 1, 2
 CONFIG = ARDiffusionConfig(
     vocabulary=31, source_vocabulary=31, latent_dim=8, time_dim=8, hidden_dim=16, ffn_dim=24, heads=2, encoder_layers=1,
-    decoder_layers=2, source_positions=12, target_length=7, dropout=0.1, attention_dropout=0.1)
+    decoder_layers=2, source_positions=12, target_length=7, dropout=0.1, attention_dropout=0.1, length_policy="pad")
 SOURCE = torch.tensor([[5, 6, 7, 8, 2], [4, 11, 2, 1, 1], [12, 2, 1, 1, 1], [13, 14, 15, 2, 1]])
 IDS = torch.tensor([5, 0, 9, 1000])
 PUBLISHED = DecodeOptions(rounding="every", step_end="zero", final="state")

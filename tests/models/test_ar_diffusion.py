@@ -15,7 +15,7 @@ from pydiffseq.models import ARDiffusion, ARDiffusionConfig
 PAD, EOS = 1, 2
 TINY = ARDiffusionConfig(
     vocabulary=23, source_vocabulary=23, latent_dim=8, time_dim=8, hidden_dim=16, ffn_dim=24, heads=2, encoder_layers=1,
-    decoder_layers=2, source_positions=12, target_length=7, dropout=0.0, attention_dropout=0.0)
+    decoder_layers=2, source_positions=12, target_length=7, dropout=0.0, attention_dropout=0.0, length_policy="pad")
 PLUS = {
     "length_policy": "predict", "length_relative": True, "self_conditioning": 0.5, "noise_factor": 4.0,
     "embedding_norm": True, "clean_x0": True, "ce_on": "pred", "label_smoothing": 0.1, "encoder_pre_norm": True,

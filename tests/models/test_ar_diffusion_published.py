@@ -15,7 +15,8 @@ from pydiffseq.models.ar_diffusion import sentence_uniform
 PAD, EOS = 1, 2
 SMALL = ARDiffusionConfig(
     vocabulary=37, source_vocabulary=29, latent_dim=12, time_dim=10, hidden_dim=24, ffn_dim=40, heads=3,
-    encoder_layers=2, decoder_layers=2, source_positions=16, target_length=9, dropout=0.0, attention_dropout=0.0)
+    encoder_layers=2, decoder_layers=2, source_positions=16, target_length=9, dropout=0.0, attention_dropout=0.0,
+    length_policy="pad")
 SOURCE = torch.tensor([[5, 6, 7, 8, 9, 2], [4, 11, 2, 1, 1, 1], [28, 2, 1, 1, 1, 1]])
 TARGET = torch.tensor([[4, 5, 36, 7, 8, 2], [9, 10, 2, 1, 1, 1], [12, 2, 1, 1, 1, 1]])
 

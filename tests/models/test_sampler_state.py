@@ -17,7 +17,7 @@ from pydiffseq.models.sampler_state import SamplerState, gather_rows
 CONFIG = ARDiffusionConfig(
     vocabulary=11, source_vocabulary=11, latent_dim=4, time_dim=4, hidden_dim=8, ffn_dim=8, heads=2, encoder_layers=1,
     decoder_layers=1, source_positions=6, target_length=4, dropout=0.0, attention_dropout=0.0, diffusion_steps=6,
-    timestep_sampler="lossaware")
+    timestep_sampler="lossaware", length_policy="pad")
 SOURCE = torch.tensor([[5, 6, 2], [4, 2, 1], [9, 8, 2], [7, 2, 1]])
 TARGET = torch.tensor([[4, 5, 2], [9, 10, 2], [2, 1, 1], [7, 2, 1]])
 
