@@ -15,7 +15,9 @@ from pydiffseq.version import __version__
 # name -> one-line help. The module pydiffseq.cli.<name> is imported only when its command is called.
 COMMANDS = {
     "info": "versions, devices, compiled kernels, and what is missing with the command that mends it",
+    "evaluate": "the papers' metrics: BLEU, ROUGE, BERTScore, and the diversity of candidates",
     "export": "make a small checkpoint for translation from a training checkpoint",
+    "mbr": "choose one candidate per sentence by minimum Bayes risk",
     "prepare": "turn parallel text into fairseq's binarised data with a joint vocabulary",
 }
 
