@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from pydiffseq import ops
+from pydiffseq.decoding.candidates import Piece, candidate_lengths, split_candidates
 from pydiffseq.decoding.mbr import MBR_DIRECTIONS, mbr_order
+from pydiffseq.decoding.model import DenoisingNetwork
 from pydiffseq.diffusion import SOLVERS, StepList, uniform_steps, xy_steps
 from pydiffseq.diffusion.steps import ENDS
-from pydiffseq.models.ar_diffusion import ARDiffusion, Encoded
+from pydiffseq.nn.freeze import freeze
 
 ROUNDINGS = ("off", "every")
 FINALS = ("x0_hat", "state")
@@ -30,6 +33,8 @@ class DecodeOptions:
         step_end: ``clean`` ends the step list at abar = 1; ``zero`` at timestep 0 (as published).
         final: tokens are read off the last ``x0_hat``, or off the final ``state`` (as published).
         mbr_direction: see :func:`pydiffseq.decoding.mbr.mbr_order`.
+        candidate_tokens: how many target tokens, padding included, are denoised at once; what a batch has more of is
+            split, which changes no output. It bounds the memory: about 100 x ``hidden_dim`` bytes a token.
         seed: key of the noise; with a sentence's id and the candidate number it fixes the output.
         history: keep every step's tokens.
 
@@ -45,6 +50,7 @@ class DecodeOptions:
     step_end: str = "clean"
     final: str = "x0_hat"
     mbr_direction: str = "hypothesis"
+    candidate_tokens: int = 16384
     seed: int = 1
     history: bool = False
 
@@ -54,7 +60,7 @@ class DecodeOptions:
         for name, accepted in choices.items():
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {getattr(self, name)!r}")
-        for name in ("steps", "length_beam", "noise_beam"):
+        for name in ("steps", "length_beam", "noise_beam", "candidate_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
 
@@ -76,9 +82,70 @@ class Hypothesis:
     history: list[Tensor] = field(default_factory=list)
 
 
-@torch.no_grad()
-def decode(model: ARDiffusion, src_tokens: Tensor, ids: Tensor, options: DecodeOptions) -> list[list[Hypothesis]]:
-    """Translate a batch; the hypotheses of each sentence come best first.
+class Decoder:
+    """Decodes batches with one network whose weights do not change in between.
+
+    What the weights alone decide is computed here, once: time projections as tables, the token tables and their packs.
+    In a denoising step there remain the network's decoder, the rounding and the solver's update.
+
+    Args:
+        model: a network in evaluation mode. After a change of its weights make a new decoder.
+
+    Raises:
+        ValueError: the model is in training mode.
+    """
+
+    def __init__(self, model: DenoisingNetwork, options: DecodeOptions) -> None:
+        if model.training:
+            raise ValueError("decoding needs a model in evaluation mode (model.eval()), got one in training mode")
+        self.options = options
+        self.model = cast(DenoisingNetwork, freeze(cast(torch.nn.Module, model)))
+        self.table, self.head_table = self.model.embedding.table(), self.model.embedding.head_table()
+
+    @torch.no_grad()
+    def __call__(self, src_tokens: Tensor, ids: Tensor) -> list[list[Hypothesis]]:
+        """Translate a batch; see :func:`decode`."""
+        if not len(src_tokens):
+            return []
+        encoded = self.model.encode(src_tokens)
+        lengths = candidate_lengths(self.model, encoded, self.options.length_beam, self.options.noise_beam)
+        lengths_or_0 = lengths.masked_fill(self._without_words(src_tokens)[:, None], 0)
+        groups: list[list[Hypothesis]] = [[] for _ in range(len(src_tokens))]
+        for piece in split_candidates(lengths, self.options.candidate_tokens):
+            self._denoise(piece, encoded, lengths, ids, lengths_or_0, groups)
+        return [_rank(group, self.options) for group in groups]
+
+    def _denoise(self, piece: Piece, encoded: Any, lengths: Tensor, ids: Tensor, lengths_or_0: Tensor,
+                 groups: list[list[Hypothesis]]) -> None:
+        """Append the hypotheses of ``piece`` to the groups of their sentences."""
+        sentences = torch.tensor(piece.sentences, device=lengths.device)
+        chosen = slice(piece.candidates.start, piece.candidates.stop)
+        candidates = torch.arange(chosen.start, chosen.stop, device=lengths.device)
+        rows = (candidates << 32) | ids[sentences, None]
+        part = encoded if len(sentences) == len(lengths) else encoded.select(sentences)
+        run = _DenoisingRun(self, part, lengths[sentences, chosen].flatten(), piece.width, rows.flatten())
+        tokens, scores = run.tokens()
+        kept = lengths_or_0[sentences, chosen].flatten()
+        words = self._words(tokens, kept)
+        past = [(step, self._words(step, kept)) for step in run.history]
+        owners = [sentence for sentence in piece.sentences for _ in piece.candidates]
+        for row, owner in enumerate(owners):
+            history = [step[row][keep[row]] for step, keep in past]
+            groups[owner].append(Hypothesis(tokens[row][words[row]], scores[row][words[row]], 0.0, history))
+
+    def _words(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Where the words of rows ``[M, N]`` are, bool: within the length, before the first ``</s>``, not padding."""
+        inside = torch.arange(tokens.size(1), device=tokens.device) < lengths[:, None]
+        before_eos = (tokens.eq(self.model.config.eos) & inside).cumsum(1).eq(0)
+        return inside & before_eos & tokens.ne(self.model.config.pad)
+
+    def _without_words(self, src_tokens: Tensor) -> Tensor:
+        """bool ``[B]``: sources of padding and ``</s>`` alone."""
+        return (src_tokens.ne(self.model.config.pad) & src_tokens.ne(self.model.config.eos)).any(1).logical_not()
+
+
+def decode(model: DenoisingNetwork, src_tokens: Tensor, ids: Tensor, options: DecodeOptions) -> list[list[Hypothesis]]:
+    """Translate a batch; the hypotheses of each sentence come best first. For many batches make a :class:`Decoder`.
 
     Args:
         src_tokens: int64 ``[B, S]``, padded with ``model.config.pad``.
@@ -90,67 +157,29 @@ def decode(model: ARDiffusion, src_tokens: Tensor, ids: Tensor, options: DecodeO
 
     Raises:
         ValueError: the model is in training mode, more steps than the step list can have, a source longer than the
-            model's positions, or ``length_beam > 1`` without length prediction.
+            model's positions, ``length_beam > 1`` without length prediction, or a candidate that is longer than
+            ``candidate_tokens``.
     """
-    if model.training:
-        raise ValueError("decoding needs a model in evaluation mode (model.eval()), got one in training mode")
-    if not len(src_tokens):
-        return []
-    encoded = model.encode(src_tokens)
-    lengths, sentence, candidate = _candidates(model, encoded, options)
-    candidate_encoded = encoded if options.length_beam * options.noise_beam == 1 else encoded.select(sentence)
-    run = _DenoisingRun(model, candidate_encoded, lengths, options, rows=(candidate << 32) | ids[sentence])
-    tokens, scores = run.tokens()
-    empty = _has_no_words(model, src_tokens)
-    hypotheses: list[list[Hypothesis]] = [[] for _ in range(len(src_tokens))]
-    for row, owner in enumerate(sentence.tolist()):
-        length = 0 if empty[owner] else int(lengths[row])
-        keep = _words(model, tokens[row], length)
-        past = [step[row][_words(model, step[row], length)] for step in run.history]
-        hypotheses[owner].append(Hypothesis(tokens[row][keep], scores[row][keep], 0.0, past))
-    return [_rank(group, options) for group in hypotheses]
-
-
-def _candidates(model: ARDiffusion, encoded: Encoded, options: DecodeOptions) -> tuple[Tensor, Tensor, Tensor]:
-    """Target length, sentence index and candidate number of every row, each int64 ``[B * candidates]``."""
-    batch, device = len(encoded.mask), encoded.mask.device
-    if model.length_head is None:
-        if options.length_beam > 1:
-            raise ValueError("length_beam > 1 needs a model with length prediction, got one with length policy 'pad'")
-        lengths = torch.full((batch, 1), model.config.target_length, device=device)
-    else:
-        logits = model.length_logits(encoded)
-        logits[:, 0] = float("-inf")   # a sentence with words has a translation with words
-        beam = min(options.length_beam, logits.size(1) - 1)
-        lengths = logits.topk(beam, dim=1).indices
-    per_sentence = lengths.repeat_interleave(options.noise_beam, dim=1)
-    count = per_sentence.size(1)
-    sentence = torch.arange(batch, device=device).repeat_interleave(count)
-    return per_sentence.flatten(), sentence, torch.arange(count, device=device).repeat(batch)
+    return Decoder(model, options)(src_tokens, ids)
 
 
 class _DenoisingRun:
-    """One pass of a solver over all candidates, and the tokens that come out."""
+    """One pass of a solver over the candidates of a piece, and the tokens that come out."""
 
-    def __init__(self, model: ARDiffusion, encoded: Encoded, lengths: Tensor, options: DecodeOptions,
-                 rows: Tensor) -> None:
-        self.model, self.encoded, self.lengths, self.options = model, encoded, lengths, options
-        self.width = int(lengths.max())
+    def __init__(self, decoder: Decoder, encoded: Any, lengths: Tensor, width: int, rows: Tensor) -> None:
+        self.decoder, self.model, self.options = decoder, decoder.model, decoder.options
+        self.encoded, self.lengths, self.width, self.rows = encoded, lengths, width, rows
         inside = torch.arange(self.width, device=lengths.device) < lengths[:, None]
-        self.mask = inside if model.length_head is not None else None
-        # Copies: ops.nearest keeps what it packed of a table, and optimisers write to parameters behind its back.
-        self.table = model.embedding.table().clone()
-        self.head_table = model.embedding.head_table().clone()
+        self.mask = inside if self.model.length_head is not None else None
         self.x_self: Tensor | None = None
         self.history: list[Tensor] = []
-        self.rows = rows
 
     def denoise(self, x: Tensor, t: Tensor) -> Tensor:
         """x0_hat ``[M, N, d]`` of the state ``x`` at timesteps ``t`` ``[M]`` or ``[M, N]``, rounded if so wanted."""
         t = t.expand(x.shape[:2]) if t.dim() == 2 else t.view(-1, 1).expand(x.shape[:2])
         x0_hat = self.model.denoise(x, t, self.encoded, self.mask, self.x_self, self.lengths)
         if self.options.rounding == "every":
-            x0_hat = ops.nearest(x0_hat, self.table)[1]
+            x0_hat = ops.nearest(x0_hat, self.decoder.table)[1]
         self.x_self = x0_hat
         if self.options.history:
             self.history.append(self._argmax(x0_hat))
@@ -165,33 +194,21 @@ class _DenoisingRun:
         return xy_steps(c.diffusion_steps, lengths, self.width, o.steps, c.anchor_scale, o.step_end)
 
     def _argmax(self, x: Tensor) -> Tensor:
-        return ops.nearest(x, self.head_table, self.model.embedding.bias, metric="dot")[0]
+        return ops.nearest(x, self.decoder.head_table, self.model.embedding.bias, metric="dot")[0]
 
     def tokens(self) -> tuple[Tensor, Tensor]:
         """Token ids int64 ``[M, N]`` and their log probabilities float32 ``[M, N]``."""
-        o, c = self.options, self.model.config
+        o, c, table = self.options, self.model.config, self.decoder.table
         seed = ops.draw_seed(o.seed)
         shape = (len(self.lengths), self.width, c.latent_dim)
-        x = ops.philox_normal(shape, seed=seed, rows=self.rows, dtype=self.table.dtype, device=self.table.device)
+        x = ops.philox_normal(shape, seed=seed, rows=self.rows, dtype=table.dtype, device=table.device)
         state, x0_hat = SOLVERS[o.solver](
             self.denoise, x, self._steps(), self.model.schedule, seed=seed, rows=self.rows)
         latent = x0_hat if o.final == "x0_hat" else state
         tokens = self._argmax(latent)
         loss = ops.linear_cross_entropy(
-            latent.flatten(0, 1), self.head_table, self.model.embedding.bias, tokens.flatten())
+            latent.flatten(0, 1), self.decoder.head_table, self.model.embedding.bias, tokens.flatten())
         return tokens, -loss.view_as(tokens)
-
-
-def _words(model: ARDiffusion, tokens: Tensor, length: int) -> Tensor:
-    """Positions of the words of one row: within the length, before the first ``</s>``, not padding."""
-    tokens = tokens[:length]
-    keep = tokens.ne(model.config.pad) & tokens.eq(model.config.eos).cumsum(0).eq(0)
-    return keep.nonzero().flatten()
-
-
-def _has_no_words(model: ARDiffusion, src_tokens: Tensor) -> list[bool]:
-    words = src_tokens.ne(model.config.pad) & src_tokens.ne(model.config.eos)
-    return words.any(1).logical_not().tolist()
 
 
 def _rank(group: list[Hypothesis], options: DecodeOptions) -> list[Hypothesis]:

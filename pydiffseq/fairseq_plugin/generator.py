@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydiffseq.decoding import DecodeOptions, Hypothesis, decode
+from pydiffseq.decoding import DecodeOptions, Decoder, Hypothesis
 from pydiffseq.errors import InputError, input_errors
 from pydiffseq.fairseq_plugin.model import ARDiffusionModel
 
@@ -19,6 +19,8 @@ class DiffusionGenerator:
         self.options = options
         self.eos, self.pad = dictionary.eos(), dictionary.pad()
         self.symbols_to_strip_from_output = {self.eos, self.pad}
+        self._decoder: Decoder | None = None
+        self._decodes: tuple = ()
 
     @torch.no_grad()
     def generate(self, models, sample: dict[str, Any], prefix_tokens: Tensor | None = None,
@@ -37,8 +39,17 @@ class DiffusionGenerator:
         source = sample["net_input"]["src_tokens"]
         ids = sample["id"] if sample.get("id") is not None else _content_ids(source, self.pad)
         with input_errors():
-            hypotheses = decode(model.network(), source, ids.to(source.device), self.options)
+            hypotheses = self._decoder_of(model)(source, ids.to(source.device))
         return [[self._as_fairseq(hypothesis) for hypothesis in group] for group in hypotheses]
+
+    def _decoder_of(self, model: ARDiffusionModel) -> Decoder:
+        """One decoder for all batches; in training a new one after each update of the weights."""
+        network = model.network()
+        weight = next(network.parameters())
+        now = (id(network), model.num_updates, weight.data_ptr(), weight._version)
+        if self._decoder is None or self._decodes != now:
+            self._decoder, self._decodes = Decoder(network, self.options), now
+        return self._decoder
 
     def _as_fairseq(self, hypothesis: Hypothesis) -> dict[str, Any]:
         return {

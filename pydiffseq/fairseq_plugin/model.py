@@ -47,6 +47,7 @@ class ARDiffusionModel(BaseFairseqModel):
         super().__init__()
         self.net = ARDiffusion(config)
         self.ema = ModuleEMA(self.net, ema_rate) if ema_rate else None
+        self.num_updates = 0
 
     @classmethod
     def build_model(cls, cfg, task) -> ARDiffusionModel:
@@ -77,6 +78,7 @@ class ARDiffusionModel(BaseFairseqModel):
 
     def set_num_updates(self, num_updates: int) -> None:
         super().set_num_updates(num_updates)
+        self.num_updates = num_updates
         if self.ema is not None:
             self.ema.update(self.net, num_updates)
 

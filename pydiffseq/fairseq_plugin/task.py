@@ -46,6 +46,9 @@ class DiffusionSeq2SeqConfig(TranslationConfig):
         default=DEFAULTS.final, metadata={"help": "read the tokens off the last x0_hat or off the final state (published)"})
     mbr_direction: ChoiceEnum(MBR_DIRECTIONS) = field(  # type: ignore[valid-type]
         default=DEFAULTS.mbr_direction, metadata={"help": "role of the judged candidate in MBR's sentence BLEU"})
+    candidate_tokens: int = field(default=DEFAULTS.candidate_tokens, metadata={
+        "help": "most target tokens that are denoised at once, all candidates and padding included; bounds the memory and "
+                "changes no output"})
     decode_seed: int = field(default=DEFAULTS.seed, metadata={"help": "seed of the decoding noise"})
 
 
@@ -103,7 +106,8 @@ class DiffusionSeq2SeqTask(TranslationTask):
             options = DecodeOptions(
                 steps=value("decode_steps"), solver=str(value("solver")), length_beam=value("length_beam"),
                 noise_beam=value("noise_beam"), rounding=str(value("rounding")), step_end=str(value("step_end")),
-                final=str(value("final")), mbr_direction=str(value("mbr_direction")), seed=value("decode_seed"),
+                final=str(value("final")), mbr_direction=str(value("mbr_direction")),
+                candidate_tokens=value("candidate_tokens"), seed=value("decode_seed"),
                 history=bool(getattr(args, "retain_iter_history", False)))
         candidates = options.length_beam * options.noise_beam
         if getattr(args, "nbest", 1) > candidates:

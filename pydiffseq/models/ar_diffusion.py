@@ -107,19 +107,21 @@ class ARDiffusion(nn.Module):
 
     def denoise(self, x_t: Tensor, timesteps: Tensor, encoded: Encoded, mask: Tensor | None,
                 x_self: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
-        """Predict x0 from x_t: ``[B, N, d] -> [B, N, d]``.
+        """Predict x0 from x_t: ``[M, N, d] -> [M, N, d]``; M = B x candidates, ``encoded`` having B sentences.
+
+        The candidates of a sentence are consecutive rows and read its one encoding, which is not copied.
 
         Args:
-            timesteps: int64 ``[B, N]`` in 0..T-1.
-            mask: bool ``[B, N]``, True = real position; ``None`` attends to all.
+            timesteps: int64 ``[M, N]`` in 0..T-1.
+            mask: bool ``[M, N]``, True = real position; ``None`` attends to all.
             x_self: the previous x0_hat for self-conditioning, zeros when ``None``; ignored by a network without it.
-            lengths: int64 ``[B]``, needed with length prediction.
+            lengths: int64 ``[M]``, needed with length prediction.
         """
         c = self.config
         if c.self_conditioning:
             x_t = torch.cat([torch.zeros_like(x_t) if x_self is None else x_self, x_t], dim=-1)
         h = self.input_up(x_t) + self.positions.weight[: x_t.size(1)]
-        time = self.time_features(timesteps).to(h.dtype)
+        time = self.time_features(timesteps, h.dtype)
         if self.time_mlp is not None:
             h = h + self.time_mlp(time)
         if self.length_head is not None:

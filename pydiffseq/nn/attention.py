@@ -40,24 +40,27 @@ class SelfAttention(nn.Module):
             self.content_bias = nn.Parameter(torch.rand(heads, hidden_dim // heads))
             self.time_bias = nn.Parameter(torch.rand(heads, hidden_dim // heads))
 
-    def forward(self, x: Tensor, mask: Tensor | None, residual: Tensor, time: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, residual: Tensor, time: Tensor | None = None,
+                timesteps: Tensor | None = None) -> Tensor:
         """``residual + dropout(attention(x))``, ``[B, N, H]``.
 
-        ``mask``: bool ``[B, N]``, True = real position. ``time``: ``[B, N, H]``, the block's time projection, which
-        both injections need.
+        ``mask``: bool ``[B, N]``, True = real position. ``time``: the block's time projection, which both injections
+        need: ``[B, N, H]``, or a table ``[T, H]`` that int64 ``timesteps`` ``[B, N]`` index.
         """
         q, k, v = split_heads(self.qkv(x), 3, self.heads)
         dropout_p = self.attention_dropout if self.training else 0.0
-        tau = None if time is None else split_heads(time, 1, self.heads)[0]
+        tau = None if time is None else time.view(*time.shape[:-1], self.heads, -1)
         if self.injection is None:
             attended = ops.timestep_attention(q, k, v, key_mask=mask, dropout_p=dropout_p)
         elif tau is None:
             raise ValueError(f"self-attention with the {self.injection} injection needs the time projection, got None")
         elif self.injection == "rotary":
-            attended = ops.rotary_timestep_attention(q, k, v, tau, key_mask=mask, dropout_p=dropout_p)
+            rotation = tau if timesteps is None else tau[timesteps]
+            attended = ops.rotary_timestep_attention(q, k, v, rotation, key_mask=mask, dropout_p=dropout_p)
         else:
             attended = ops.timestep_attention(
-                q, k, v, tau, self.content_bias, self.time_bias, key_mask=mask, dropout_p=dropout_p)
+                q, k, v, tau, self.content_bias, self.time_bias, timesteps=timesteps, key_mask=mask,
+                dropout_p=dropout_p)
         return ops.dropout_add(self.out(attended.flatten(2)), residual, self.dropout, training=self.training)
 
 
@@ -76,8 +79,11 @@ class CrossAttention(nn.Module):
         return KeyValue(*split_heads(self.key_value(states), 2, self.heads))
 
     def forward(self, x: Tensor, source: KeyValue, mask: Tensor | None, residual: Tensor) -> Tensor:
-        """``residual + dropout(attention(x -> source))``, ``[B, N, H]``; ``mask``: bool ``[B, S]``."""
-        query = split_heads(self.query(x), 1, self.heads)[0]
+        """``residual + dropout(attention(x -> source))``, ``[M, N, H]``; ``mask``: bool ``[B, S]``.
+
+        M is a multiple of B: consecutive rows of ``x`` share a source, as more queries for its keys.
+        """
+        query = self.query(x).view(len(source.key), -1, *source.key.shape[2:])
         attended = ops.timestep_attention(query, source.key, source.value, key_mask=mask,
                                           dropout_p=self.attention_dropout if self.training else 0.0)
-        return ops.dropout_add(self.out(attended.flatten(2)), residual, self.dropout, training=self.training)
+        return ops.dropout_add(self.out(attended.view(x.shape)), residual, self.dropout, training=self.training)

@@ -32,9 +32,10 @@ class TimeFeatures(nn.Module):
         super().__init__()
         self.register_buffer("table", sinusoid_table(steps, dim), persistent=False)
 
-    def forward(self, timesteps: Tensor) -> Tensor:
-        """``[...] -> [..., dim]``, in the dtype that the module was cast to."""
-        return F.embedding(timesteps, self.table)
+    def forward(self, timesteps: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """``[...] -> [..., dim]``, in ``dtype`` or the one that the module was cast to."""
+        features = F.embedding(timesteps, self.table)
+        return features if dtype is None else features.to(dtype)
 
 
 class TimeMLP(nn.Module):
@@ -50,3 +51,24 @@ class TimeMLP(nn.Module):
         """``[..., time_dim] -> [..., hidden_dim]``; dropout, if any, is on the features."""
         features = ops.dropout(features, self.dropout, training=self.training)
         return self.down(F.silu(self.up(features)))
+
+
+class TimeTable(nn.Module):
+    """What a :class:`TimeMLP` says of every timestep, computed once: ``table`` is ``[steps, hidden_dim]``."""
+
+    table: Tensor
+
+    def __init__(self, mlp: TimeMLP, features: TimeFeatures) -> None:
+        super().__init__()
+        self.register_buffer("table", mlp(features.table), persistent=False)
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        """int64 ``[...] -> [..., hidden_dim]``."""
+        return F.embedding(timesteps, self.table)
+
+
+class Timesteps(nn.Module):
+    """Stands for :class:`TimeFeatures` before a :class:`TimeTable`: hands the timesteps on."""
+
+    def forward(self, timesteps: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return timesteps

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pydiffseq import ops
 from pydiffseq.nn.attention import CrossAttention, KeyValue, SelfAttention
-from pydiffseq.nn.time import TimeMLP
+from pydiffseq.nn.time import TimeMLP, TimeTable
 
 LN_EPS = 1e-12   # both published code bases use BERT's value
 
@@ -57,7 +57,7 @@ class DecoderBlock(nn.Module):
         super().__init__()
         inside = injection if injection in ("txl", "rotary") else None
         self.dropout = dropout
-        self.time_mlp = TimeMLP(time_dim, hidden_dim, dropout) if inside else None
+        self.time_mlp: TimeMLP | TimeTable | None = TimeMLP(time_dim, hidden_dim, dropout) if inside else None
         self.self_norm = nn.LayerNorm(hidden_dim, LN_EPS)
         self.self_attention = SelfAttention(
             hidden_dim, heads, dropout, attention_dropout, bias=False, injection=inside)
@@ -67,8 +67,13 @@ class DecoderBlock(nn.Module):
         self.ffn = GEGLU(hidden_dim, ffn_dim, dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None, source: KeyValue, source_mask: Tensor, time: Tensor) -> Tensor:
-        """``time``: features of the tokens' timesteps, ``[B, N, time_dim]``; unused by the ``add`` injection."""
-        tau = self.time_mlp(time) if self.time_mlp is not None else None
-        x = self.self_attention(self.self_norm(x), mask, residual=x, time=tau)
+        """``time``: features of the tokens' timesteps, ``[B, N, time_dim]``, unused by the ``add`` injection; the
+        timesteps themselves, int64 ``[B, N]``, where a table has replaced the time MLP (see :mod:`pydiffseq.nn.freeze`).
+        """
+        if isinstance(self.time_mlp, TimeTable):
+            x = self.self_attention(self.self_norm(x), mask, residual=x, time=self.time_mlp.table, timesteps=time)
+        else:
+            tau = self.time_mlp(time) if self.time_mlp is not None else None
+            x = self.self_attention(self.self_norm(x), mask, residual=x, time=tau)
         x = self.cross_attention(self.cross_norm(x), source, source_mask, residual=x)
         return x + self.ffn(self.ffn_norm(x))

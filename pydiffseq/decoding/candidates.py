@@ -1,0 +1,67 @@
+"""Which candidates are decoded, and in which pieces, so that memory stays within a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pydiffseq.decoding.model import DenoisingNetwork
+
+
+def candidate_lengths(model: DenoisingNetwork, encoded: Any, length_beam: int, noise_beam: int) -> Tensor:
+    """Target length of every candidate, int64 ``[B, C]``: the likeliest lengths, each ``noise_beam`` times.
+
+    Raises:
+        ValueError: ``length_beam > 1`` for a network without length prediction.
+    """
+    batch, device = len(encoded.mask), encoded.mask.device
+    if model.length_head is None:
+        if length_beam > 1:
+            raise ValueError("length_beam > 1 needs a model with length prediction, got one with length policy 'pad'")
+        lengths = torch.full((batch, 1), model.config.target_length, device=device)
+    else:
+        logits = model.length_logits(encoded)
+        logits[:, 0] = float("-inf")   # a sentence with words has a translation with words
+        lengths = logits.topk(min(length_beam, logits.size(1) - 1), dim=1).indices
+    return lengths.repeat_interleave(noise_beam, dim=1)
+
+
+class Piece(NamedTuple):
+    """Candidates that are denoised together: the same ones of each of some sentences."""
+
+    sentences: list[int]   # ascending
+    candidates: range
+    width: int   # the longest of them
+
+
+def split_candidates(lengths: Tensor, budget: int) -> Iterator[Piece]:
+    """Pieces of at most ``budget`` tokens, padding included, that together have every candidate once.
+
+    Sentences are taken by length, so that there is little padding. A sentence whose candidates do not fit is split.
+
+    Args:
+        lengths: int64 ``[B, C]``.
+
+    Raises:
+        ValueError: not even one candidate of some sentence fits.
+    """
+    widths = lengths.amax(1).tolist()
+    count, longest = lengths.size(1), max(widths)
+    if budget < longest:
+        raise ValueError(f"candidate_tokens must hold one candidate of a sentence, here {longest} tokens, got {budget}")
+    group: list[int] = []
+    for sentence in sorted(range(len(widths)), key=widths.__getitem__):
+        if group and (len(group) + 1) * count * widths[sentence] > budget:
+            yield Piece(sorted(group), range(count), widths[group[-1]])
+            group = []
+        if count * widths[sentence] <= budget:
+            group.append(sentence)
+            continue
+        together = budget // widths[sentence]
+        for first in range(0, count, together):
+            yield Piece([sentence], range(first, min(first + together, count)), widths[sentence])
+    if group:
+        yield Piece(sorted(group), range(count), widths[group[-1]])

@@ -1,0 +1,50 @@
+"""What decoding asks of a network: the seam between this package and :mod:`pydiffseq.models`."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from pydiffseq.diffusion import NoiseSchedule
+
+
+class Encoded(Protocol):
+    """What a network keeps of B sources while their candidates are denoised."""
+
+    mask: Any   # bool [B, S]
+
+    def select(self, index: Tensor) -> Encoded:
+        """Sentences ``index``, int64 ``[b]``."""
+        ...
+
+
+class DenoisingNetwork(Protocol):
+    """A network that can be decoded: :class:`pydiffseq.models.ARDiffusion` is one.
+
+    ``config`` has ``pad``, ``eos``, ``target_length``, ``latent_dim``, ``diffusion_steps``, ``timestep_sampler`` and
+    ``anchor_scale``; ``embedding`` has ``table()``, ``head_table()`` and ``bias``; ``length_head`` is ``None`` where
+    targets have a fixed length.
+    """
+
+    config: Any
+    schedule: NoiseSchedule
+    embedding: Any
+    length_head: Any
+    training: bool
+
+    def encode(self, src_tokens: Tensor) -> Any:
+        """Source ids int64 ``[B, S]`` -> :class:`Encoded`."""
+        ...
+
+    def denoise(self, x_t: Tensor, timesteps: Tensor, encoded: Any, mask: Tensor | None, x_self: Tensor | None,
+                lengths: Tensor | None) -> Tensor:
+        """x0_hat ``[M, N, d]``. Row ``m`` belongs to sentence ``m // (M / B)`` of ``encoded``, which is not copied.
+
+        ``timesteps``: int64 ``[M, N]``. ``mask``: bool ``[M, N]`` or ``None``. ``lengths``: int64 ``[M]``.
+        """
+        ...
+
+    def length_logits(self, encoded: Any) -> Tensor:
+        """Scores of the target lengths 0 .. target_length, ``[B, target_length + 1]``."""
+        ...
