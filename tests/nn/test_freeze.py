@@ -39,7 +39,7 @@ def test_a_frozen_network_computes_the_same(injection, embedding):
 
 @torch.no_grad()
 def test_a_step_of_a_frozen_network_runs_no_time_network(monkeypatch):
-    model = network()
+    model = network(length_policy="pad")
     frozen, x = freeze(model), torch.randn(2, 7, 8)
     encoded, t = frozen.encode(torch.tensor([[4, 2], [5, 2]])), torch.zeros(2, 7, dtype=torch.int64)
     monkeypatch.setattr(TimeMLP, "forward", lambda *_: pytest.fail("the time network ran"))
