@@ -83,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = read(args.checkpoint)
     weights = averaged_weights(checkpoint.get("model") or {})
     if not weights or "model" not in (checkpoint.get("cfg") or {}):
-        raise InputError(f"{args.checkpoint} holds no pydiffseq model; give a checkpoint trained with --arch ar_diffusion")
+        raise InputError(f"{args.checkpoint} holds no pydiffseq model; "
+                         "give a checkpoint trained with --arch ar_diffusion or diffuseq")
     write(slim(checkpoint, weights, getattr(torch, args.dtype)), args.output)
     count = sum(value.numel() for value in weights.values())
     print(f"{args.output}: {count:,} parameters, {args.dtype}, {args.output.stat().st_size / 1e6:.1f} MB")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from pydiffseq.decoding.model import DenoisingNetwork
@@ -17,11 +16,10 @@ def candidate_lengths(model: DenoisingNetwork, encoded: Any, length_beam: int, n
     Raises:
         ValueError: ``length_beam > 1`` for a network without length prediction.
     """
-    batch, device = len(encoded.mask), encoded.mask.device
     if model.length_head is None:
         if length_beam > 1:
             raise ValueError("length_beam > 1 needs a model with length prediction, got one with length policy 'pad'")
-        lengths = torch.full((batch, 1), model.config.target_length, device=device)
+        lengths = model.fixed_lengths(encoded)[:, None]
     else:
         logits = model.length_logits(encoded)
         logits[:, 0] = float("-inf")   # a sentence with words has a translation with words

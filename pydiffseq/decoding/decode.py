@@ -100,7 +100,7 @@ class Decoder:
             raise ValueError("decoding needs a model in evaluation mode (model.eval()), got one in training mode")
         self.options = options
         self.model = cast(DenoisingNetwork, freeze(cast(torch.nn.Module, model)))
-        self.table, self.head_table = self.model.embedding.table(), self.model.embedding.head_table()
+        self.table = self.model.embedding.table()
 
     @torch.no_grad()
     def __call__(self, src_tokens: Tensor, ids: Tensor) -> list[list[Hypothesis]]:
@@ -134,10 +134,10 @@ class Decoder:
             groups[owner].append(Hypothesis(tokens[row][words[row]], scores[row][words[row]], 0.0, history))
 
     def _words(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """Where the words of rows ``[M, N]`` are, bool: within the length, before the first ``</s>``, not padding."""
+        """Where the words of rows ``[M, N]`` are, bool: within the length, before the first ``</s>``, no other special."""
         inside = torch.arange(tokens.size(1), device=tokens.device) < lengths[:, None]
         before_eos = (tokens.eq(self.model.config.eos) & inside).cumsum(1).eq(0)
-        return inside & before_eos & tokens.ne(self.model.config.pad)
+        return inside & before_eos & tokens.ne(self.model.config.pad) & tokens.ne(self.model.config.bos)
 
     def _without_words(self, src_tokens: Tensor) -> Tensor:
         """bool ``[B]``: sources of padding and ``</s>`` alone."""
@@ -190,11 +190,12 @@ class _DenoisingRun:
         o, c = self.options, self.model.config
         if c.timestep_sampler != "xy_uniform":
             return uniform_steps(c.diffusion_steps, o.steps, o.step_end)
-        lengths = self.lengths if self.mask is not None else self.lengths[:1]
+        shared = self.mask is None and bool(self.lengths.eq(self.lengths[0]).all())
+        lengths = self.lengths[:1] if shared else self.lengths
         return xy_steps(c.diffusion_steps, lengths, self.width, o.steps, c.anchor_scale, o.step_end)
 
     def _argmax(self, x: Tensor) -> Tensor:
-        return ops.nearest(x, self.decoder.head_table, self.model.embedding.bias, metric="dot")[0]
+        return self.model.embedding.likeliest(x)
 
     def tokens(self) -> tuple[Tensor, Tensor]:
         """Token ids int64 ``[M, N]`` and their log probabilities float32 ``[M, N]``."""
@@ -206,9 +207,7 @@ class _DenoisingRun:
             self.denoise, x, self._steps(), self.model.schedule, seed=seed, rows=self.rows)
         latent = x0_hat if o.final == "x0_hat" else state
         tokens = self._argmax(latent)
-        loss = ops.linear_cross_entropy(
-            latent.flatten(0, 1), self.decoder.head_table, self.model.embedding.bias, tokens.flatten())
-        return tokens, -loss.view_as(tokens)
+        return tokens, -self.model.embedding.nll(latent, tokens)
 
 
 def _rank(group: list[Hypothesis], options: DecodeOptions) -> list[Hypothesis]:

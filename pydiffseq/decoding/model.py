@@ -20,11 +20,11 @@ class Encoded(Protocol):
 
 
 class DenoisingNetwork(Protocol):
-    """A network that can be decoded: :class:`pydiffseq.models.ARDiffusion` is one.
+    """A network that can be decoded: :class:`pydiffseq.models.ARDiffusion` and ``DiffuSeq`` are.
 
-    ``config`` has ``pad``, ``eos``, ``target_length``, ``latent_dim``, ``diffusion_steps``, ``timestep_sampler`` and
-    ``anchor_scale``; ``embedding`` has ``table()``, ``head_table()`` and ``bias``; ``length_head`` is ``None`` where
-    targets have a fixed length.
+    ``config`` has ``pad``, ``eos``, ``bos``, ``latent_dim``, ``diffusion_steps``, ``timestep_sampler`` and
+    ``anchor_scale``; ``embedding`` has ``table()``, ``likeliest(x)`` and ``nll(x, tokens)``; ``length_head`` is ``None``
+    where targets have a fixed length.
     """
 
     config: Any
@@ -45,6 +45,10 @@ class DenoisingNetwork(Protocol):
         """
         ...
 
+    def fixed_lengths(self, encoded: Any) -> Tensor:
+        """Target lengths, padding included, where none are predicted: int64 ``[B]``."""
+        ...
+
     def length_logits(self, encoded: Any) -> Tensor:
-        """Scores of the target lengths 0 .. target_length, ``[B, target_length + 1]``."""
+        """Scores of the target lengths 0, 1, .., float32 ``[B, longest + 1]``."""
         ...

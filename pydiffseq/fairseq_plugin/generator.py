@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from pydiffseq.decoding import DecodeOptions, Decoder, Hypothesis
+from pydiffseq.decoding.model import DenoisingNetwork
 from pydiffseq.errors import InputError, input_errors
-from pydiffseq.fairseq_plugin.model import ARDiffusionModel
+from pydiffseq.fairseq_plugin.model import DiffusionFairseqModel
 
 
 class DiffusionGenerator:
@@ -30,11 +31,11 @@ class DiffusionGenerator:
         if prefix_tokens is not None or constraints is not None:
             raise InputError("diffusion decoding takes neither --prefix-size nor --constraints")
         model = models[0]
-        while not isinstance(model, ARDiffusionModel) and hasattr(model, "module"):
+        while not isinstance(model, DiffusionFairseqModel) and hasattr(model, "module"):
             model = model.module   # DistributedDataParallel, in validation
-        if not isinstance(model, ARDiffusionModel):
+        if not isinstance(model, DiffusionFairseqModel):
             raise InputError(f"diffusion decoding takes a diffusion model, got a {type(model).__name__}; "
-                             "give a checkpoint trained with --arch ar_diffusion")
+                             "give a checkpoint trained with --arch ar_diffusion or diffuseq")
         model.eval()
         source = sample["net_input"]["src_tokens"]
         ids = sample["id"] if sample.get("id") is not None else _content_ids(source, self.pad)
@@ -42,18 +43,20 @@ class DiffusionGenerator:
             hypotheses = self._decoder_of(model)(source, ids.to(source.device))
         return [[self._as_fairseq(hypothesis) for hypothesis in group] for group in hypotheses]
 
-    def _decoder_of(self, model: ARDiffusionModel) -> Decoder:
+    def _decoder_of(self, model: DiffusionFairseqModel) -> Decoder:
         """One decoder for all batches; in training a new one after each update of the weights."""
         network = model.network()
         weight = next(network.parameters())
         now = (id(network), model.num_updates, weight.data_ptr(), weight._version)
         if self._decoder is None or self._decodes != now:
-            self._decoder, self._decodes = Decoder(network, self.options), now
+            self._decoder, self._decodes = Decoder(cast(DenoisingNetwork, network), self.options), now
         return self._decoder
 
     def _as_fairseq(self, hypothesis: Hypothesis) -> dict[str, Any]:
+        # fairseq's own BLEU reads before the beginning of an empty tensor; </s> is stripped from every output.
+        tokens = hypothesis.tokens if len(hypothesis.tokens) else hypothesis.tokens.new_tensor([self.eos])
         return {
-            "tokens": hypothesis.tokens,
+            "tokens": tokens,
             "score": hypothesis.score,
             "positional_scores": hypothesis.token_scores.clone(),   # fairseq divides it in place
             "alignment": None,

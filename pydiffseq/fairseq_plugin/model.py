@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from typing import Any, cast
 
 import torch
@@ -14,67 +15,79 @@ from hydra.core.config_store import ConfigStore
 from torch import Tensor
 
 from pydiffseq.errors import InputError, input_errors
+from pydiffseq.fairseq_plugin.architectures import ARCHITECTURES
 from pydiffseq.fairseq_plugin.ema import ModuleEMA
-from pydiffseq.models import ARDiffusion, ARDiffusionConfig
-from pydiffseq.models.config import CHOICES
+from pydiffseq.models import ARDiffusion, ARDiffusionConfig, DiffuSeq, DiffuSeqConfig
+from pydiffseq.models.base import DiffusionModel
+from pydiffseq.models.config import CHOICES, ModelConfig
 from pydiffseq.models.losses import Losses
 
-FROM_DICTIONARY = ("vocabulary", "source_vocabulary", "pad", "eos")
+FROM_DICTIONARY = ("vocabulary", "source_vocabulary", "pad", "eos", "bos")
 
 
-def _model_config() -> type:
-    """A fairseq dataclass with the fields of ``ARDiffusionConfig`` (one definition) and what the adapter adds."""
+def _model_config(config: type[ModelConfig]) -> type:
+    """A fairseq dataclass with the fields of ``config`` (one definition) and what the adapter adds."""
     fields: list[tuple[str, Any, Any]] = []
-    for f in dataclasses.fields(ARDiffusionConfig):
+    for f in dataclasses.fields(config):
         if f.name not in FROM_DICTIONARY:
             kind: Any = ChoiceEnum(CHOICES[f.name]) if f.name in CHOICES else {
                 "int": int, "float": float, "bool": bool, "str": str}[str(f.type)]
             fields.append((f.name, kind, dataclasses.field(default=f.default, metadata=dict(f.metadata))))
     fields.append(("ema_rate", float, dataclasses.field(default=0.9999, metadata={
         "help": "decay of the moving average of the weights that validation and generation read; 0: none"})))
-    return dataclasses.make_dataclass("ARDiffusionModelConfig", fields, bases=(FairseqDataclass,),
-                                      namespace={"__module__": __name__})
+    return dataclasses.make_dataclass(config.__name__.replace("Config", "ModelConfig"), fields,
+                                      bases=(FairseqDataclass,), namespace={"__module__": __name__})
 
 
-ARDiffusionModelConfig = _model_config()
+ARDiffusionModelConfig = _model_config(ARDiffusionConfig)
+DiffuSeqModelConfig = _model_config(DiffuSeqConfig)
 
 
-@register_model("ar_diffusion", dataclass=ARDiffusionModelConfig)
-class ARDiffusionModel(BaseFairseqModel):
-    """AR-Diffusion behind fairseq's interface: ``net`` is trained, ``ema`` follows it and is read in eval mode."""
+class DiffusionFairseqModel(BaseFairseqModel):
+    """A diffusion network behind fairseq's interface: ``net`` is trained, ``ema`` follows it and is read in eval mode.
 
-    def __init__(self, config: ARDiffusionConfig, ema_rate: float) -> None:
+    A subclass names the network, its config and the fairseq dataclass of that config.
+    """
+
+    network_class: type[DiffusionModel]
+    config_class: type[ModelConfig]
+    options_class: type
+
+    def __init__(self, config: ModelConfig, ema_rate: float) -> None:
         super().__init__()
-        self.net = ARDiffusion(config)
+        self.net = self.network_class(config)
         self.ema = ModuleEMA(self.net, ema_rate) if ema_rate else None
         self.num_updates = 0
 
     @classmethod
-    def build_model(cls, cfg, task) -> ARDiffusionModel:
+    def build_model(cls, cfg, task) -> DiffusionFairseqModel:
         if isinstance(task, FairseqTask) and not getattr(task, "trains_diffusion", False):
             raise InputError(f"arch {cfg._name} works with --task diffusion_seq2seq, got the task {task.cfg._name}")
         # A field that is newer than the checkpoint gets its default (fairseq merges only the base architecture's).
-        cfg = merge_with_parent(ARDiffusionModelConfig(), cfg, remove_missing=True)
-        values = {f.name: cfg[f.name] for f in dataclasses.fields(ARDiffusionModelConfig) if not f.name.startswith("_")}
+        cfg = merge_with_parent(cls.options_class(), cfg, remove_missing=True)
+        values = {f.name: cfg[f.name] for f in dataclasses.fields(cls.options_class) if not f.name.startswith("_")}
         ema_rate = values.pop("ema_rate")
         values = {name: str(value) if name in CHOICES else value for name, value in values.items()}
         target, source = task.target_dictionary, task.source_dictionary
         with input_errors():
-            return cls(ARDiffusionConfig(vocabulary=len(target), source_vocabulary=len(source), pad=target.pad(),
-                                         eos=target.eos(), **values), ema_rate)
+            config = cls.config_class(vocabulary=len(target), source_vocabulary=len(source), pad=target.pad(),
+                                      eos=target.eos(), bos=target.bos(), **values)
+            if config.joined_dictionary and source.symbols != target.symbols:
+                raise InputError(f"arch {cfg._name} needs one joined dictionary, but the source's and the target's differ; "
+                                 "prepare the data with pydiffseq prepare, or fairseq-preprocess --joined-dictionary")
+            return cls(config, ema_rate)
 
-    def network(self) -> ARDiffusion:
+    def network(self) -> DiffusionModel:
         """The network to run: the trained one in training, the averaged one in evaluation."""
-        return self.net if self.training or self.ema is None else cast(ARDiffusion, self.ema.module)
+        return self.net if self.training or self.ema is None else cast(DiffusionModel, self.ema.module)
 
     def forward(self, src_tokens: Tensor, target: Tensor, ids: Tensor | None = None, seed: int | None = None,
                 **unused) -> Losses:
         return self.network()(src_tokens, target, ids, seed)
 
-    def max_positions(self) -> tuple[int, int]:
-        config = self.net.config
-        # With length prediction </s> is not part of the denoised target.
-        return config.source_positions, config.target_length + (config.length_policy == "predict")
+    def trimming(self) -> tuple[int, int] | None:
+        """The most words of a pair, and of a source alone, that are not trimmed; ``None``: the model trims nothing."""
+        return None
 
     def set_num_updates(self, num_updates: int) -> None:
         super().set_num_updates(num_updates)
@@ -86,7 +99,7 @@ class ARDiffusionModel(BaseFairseqModel):
         """Keep only the averaged weights, in the precision that the command asked for."""
         if self.ema is not None:
             dtype = next(self.net.parameters()).dtype
-            self.net = cast(ARDiffusion, self.ema.module.to(dtype))
+            self.net = cast(DiffusionModel, self.ema.module.to(dtype))
             self.ema = None
 
     def upgrade_state_dict_named(self, state_dict: dict[str, Tensor], name: str) -> None:
@@ -108,7 +121,8 @@ class ARDiffusionModel(BaseFairseqModel):
             return super().load_state_dict(state_dict, strict, model_cfg, args)
         except RuntimeError as error:
             mismatch = str(error).splitlines()[1 if "\n" in str(error) else 0].strip()
-            raise InputError(f"the checkpoint does not fit a model of these options: {mismatch}") from error
+            shown = textwrap.shorten(mismatch, 300, placeholder=" ...")
+            raise InputError(f"the checkpoint does not fit a model of these options: {shown}") from error
 
     def _check_vocabulary(self, table: Tensor | None) -> None:
         if table is not None and len(table) != self.net.config.vocabulary:
@@ -117,41 +131,45 @@ class ARDiffusionModel(BaseFairseqModel):
                 f"{self.net.config.vocabulary}; give the data folder that holds the training dictionary")
 
 
-# --- architectures: published hyper-parameters (spec 2.9) and our recipe ---
+@register_model("ar_diffusion", dataclass=ARDiffusionModelConfig)
+class ARDiffusionModel(DiffusionFairseqModel):
+    """AR-Diffusion as a fairseq model."""
 
-PUBLISHED = {"length_policy": "pad"}   # the rest is the default of ARDiffusionConfig
+    network_class, config_class, options_class = ARDiffusion, ARDiffusionConfig, ARDiffusionModelConfig
 
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "ar_diffusion_iwslt_de_en": PUBLISHED,
-    "ar_diffusion_xsum": {
-        **PUBLISHED, "latent_dim": 128, "time_dim": 128, "hidden_dim": 512, "ffn_dim": 2048, "heads": 8,
-        "source_positions": 512, "target_length": 50},
-    "ar_diffusion_cnndm": {
-        **PUBLISHED, "latent_dim": 128, "time_dim": 128, "hidden_dim": 512, "ffn_dim": 2048, "heads": 8,
-        "source_positions": 512, "target_length": 180},
-    "ar_diffusion_commongen": {
-        **PUBLISHED, "hidden_dim": 128, "ffn_dim": 512, "heads": 8, "source_positions": 128, "target_length": 54},
-    "ar_diffusion_plus": {
-        "hidden_dim": 256, "ffn_dim": 1024, "heads": 4, "encoder_layers": 3, "decoder_layers": 3,
-        "source_positions": 256, "target_length": 128, "dropout": 0.1, "attention_dropout": 0.0,
-        "length_relative": True, "self_conditioning": 0.5, "noise_factor": 4.0,
-        "embedding_norm": True, "clean_x0": True, "ce_on": "pred", "label_smoothing": 0.1,
-        "encoder_pre_norm": True, "without_pooler": True, "decoder_final_norm": True, "share_embeddings": True,
-        "ema_rate": 0.999},
-}
+    def max_positions(self) -> tuple[int, int]:
+        config = cast(ARDiffusionConfig, self.net.config)
+        # With length prediction </s> is not part of the denoised target.
+        return config.source_positions, config.target_length + (config.length_policy == "predict")
 
 
-def _register(name: str, values: dict[str, Any]) -> None:
-    @register_model_architecture("ar_diffusion", name)
+@register_model("diffuseq", dataclass=DiffuSeqModelConfig)
+class DiffuSeqModel(DiffusionFairseqModel):
+    """DiffuSeq as a fairseq model."""
+
+    network_class, config_class, options_class = DiffuSeq, DiffuSeqConfig, DiffuSeqModelConfig
+
+    def max_positions(self) -> tuple[None, None]:
+        """No limit: pairs that are too long are trimmed, as published (the task says how many)."""
+        return None, None
+
+    def trimming(self) -> tuple[int, int]:
+        net = cast(DiffuSeq, self.net)
+        return net.longest_pair(), net.longest_source()
+
+
+def _register(model: str, options: type, name: str, values: dict[str, Any]) -> None:
+    @register_model_architecture(model, name)
     def architecture(args) -> None:
         for key, value in values.items():
             setattr(args, key, getattr(args, key, value))
 
     # fairseq-hydra-train does not call architecture functions; it reads model=<name> from this store.
-    node = ARDiffusionModelConfig(**values)
+    node = options(**values)
     node._name = name
     ConfigStore.instance().store(name=name, group="model", node=node, provider="pydiffseq")
 
 
-for _name, _values in ARCHITECTURES.items():
-    _register(_name, _values)
+for _model, _options in (("ar_diffusion", ARDiffusionModelConfig), ("diffuseq", DiffuSeqModelConfig)):
+    for _name, _values in ARCHITECTURES[_model].items():
+        _register(_model, _options, _name, _values)

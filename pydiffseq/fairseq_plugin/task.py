@@ -20,7 +20,7 @@ from pydiffseq.diffusion.steps import ENDS
 from pydiffseq.errors import InputError, input_errors
 from pydiffseq.fairseq_plugin.criterion import DiffusionCriterion, DiffusionCriterionConfig
 from pydiffseq.fairseq_plugin.generator import DiffusionGenerator
-from pydiffseq.fairseq_plugin.model import ARDiffusionModel
+from pydiffseq.fairseq_plugin.model import DiffusionFairseqModel
 
 logger = logging.getLogger(__name__)
 DEFAULTS = DecodeOptions()
@@ -59,15 +59,38 @@ class DiffusionSeq2SeqTask(TranslationTask):
     cfg: DiffusionSeq2SeqConfig
     trains_diffusion = True   # what a diffusion model asks of its task
 
+    def __init__(self, cfg: DiffusionSeq2SeqConfig, src_dict: Dictionary, tgt_dict: Dictionary) -> None:
+        super().__init__(cfg, src_dict, tgt_dict)
+        self._trimming: tuple[int, int] | None = None
+        self._told: set[str] = set()
+
     def build_model(self, cfg, from_checkpoint: bool = False):
         """A diffusion model; with ``--truncate-source`` sources are cut to what it reads."""
         model = super().build_model(cfg, from_checkpoint)
-        if not isinstance(model, ARDiffusionModel):
+        if not isinstance(model, DiffusionFairseqModel):
             raise InputError(f"task diffusion_seq2seq works with diffusion models, got a {type(model).__name__}; "
-                             "give --arch ar_diffusion, or a checkpoint trained with it")
-        if self.cfg.truncate_source:
-            self.cfg.max_source_positions = min(self.cfg.max_source_positions, model.max_positions()[0])
+                             "give --arch ar_diffusion or diffuseq, or a checkpoint trained with it")
+        longest = model.max_positions()[0]
+        if self.cfg.truncate_source and longest is not None:
+            self.cfg.max_source_positions = min(self.cfg.max_source_positions, longest)
+        self._trimming = model.trimming()
         return model
+
+    def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs) -> None:
+        """Load a split; says once how many of its pairs the model trims."""
+        super().load_dataset(split, epoch, combine, **kwargs)
+        if self._trimming is None or split in self._told:
+            return
+        self._told.add(split)
+        data, (pair, source) = self.datasets[split], self._trimming
+        sources = data.src_sizes - 1   # </s>
+        longer = {f"sources have more than {source} words and are cut when they are decoded": sources > source}
+        if data.tgt_sizes is not None:
+            longer[f"pairs have more than {pair} words on both sides together and are trimmed when they are trained on or "
+                   "scored"] = sources + data.tgt_sizes - 1 > pair
+        for what, where in longer.items():
+            if where.any():
+                logger.warning("%s: %d of %d %s", split, where.sum(), len(where), what)
 
     def build_criterion(self, cfg, from_checkpoint: bool = False):
         """The configured criterion; fairseq's default, which cannot score a diffusion model, becomes ours."""
@@ -122,6 +145,9 @@ class DiffusionSeq2SeqTask(TranslationTask):
             src_tokens = [torch.cat([line[: longest - 1], line[-1:]]) if len(line) > longest else line
                           for line in src_tokens]
             src_lengths = [len(line) for line in src_tokens]
+        if self._trimming is not None and (count := sum(length - 1 > self._trimming[1] for length in src_lengths)):
+            logger.warning("%d of %d sources have more than %d words and are cut", count, len(src_lengths),
+                           self._trimming[1])
         return LanguagePairDataset(
             src_tokens, src_lengths, self.source_dictionary, tgt_dict=self.target_dictionary,
             left_pad_source=self.cfg.left_pad_source, constraints=constraints)

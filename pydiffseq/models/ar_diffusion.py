@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from pydiffseq import ops
-from pydiffseq.diffusion import make_schedule, make_timestep_sampler
-from pydiffseq.models.config import ARDiffusionConfig
+from pydiffseq.models.ar_diffusion_config import ARDiffusionConfig
+from pydiffseq.models.base import DiffusionModel, projection
 from pydiffseq.models.losses import Losses
-from pydiffseq.models.sampler_state import SamplerState
 from pydiffseq.nn.attention import KeyValue
-from pydiffseq.nn.embedding import LatentEmbedding
 from pydiffseq.nn.encoder import Encoder
 from pydiffseq.nn.length import LengthHead
 from pydiffseq.nn.time import TimeFeatures, TimeMLP
@@ -42,28 +39,17 @@ class Targets(NamedTuple):
     lengths: Tensor   # int64 [B]
 
 
-def projection(input_dim: int, middle_dim: int, output_dim: int) -> nn.Sequential:
-    """``Linear -> tanh -> Linear`` between the latent space and the network's width (spec 2.1)."""
-    return nn.Sequential(nn.Linear(input_dim, middle_dim), nn.Tanh(), nn.Linear(middle_dim, output_dim))
-
-
-class ARDiffusion(nn.Module):
+class ARDiffusion(DiffusionModel):
     """The network of AR-Diffusion and its training losses; every size and option is in ``config``.
 
     ``forward`` gives the losses of a batch; ``encode`` and ``denoise`` are what a solver needs.
     """
 
-    def __init__(self, config: ARDiffusionConfig) -> None:
-        super().__init__()
-        self.config = c = config
-        self.schedule = make_schedule(c.noise_schedule, c.diffusion_steps)
-        self.sigma0, self.abar_end = float(self.schedule.sigma[0]), float(self.schedule.abar[-1])
-        self.sampler = make_timestep_sampler(c.timestep_sampler, c.diffusion_steps, c.anchor_scale)
-        self.sampler_state = SamplerState(self.sampler) if self.sampler.state_dict() else None
+    config: ARDiffusionConfig
 
-        # The table is created before any other parameter; a padding row exists only where padding is never a target.
-        self.embedding = LatentEmbedding(c.vocabulary, c.latent_dim, norm=c.embedding_norm, scale=c.scale_embedding,
-                                         padding_idx=c.pad if c.length_policy == "predict" else None)
+    def __init__(self, config: ARDiffusionConfig) -> None:
+        super().__init__(config)
+        c = config
         if c.share_embeddings:
             self.source_projection = nn.Linear(c.latent_dim, c.hidden_dim)
         else:
@@ -131,6 +117,10 @@ class ARDiffusion(nn.Module):
             h = block(h, mask, source, encoded.mask, time)
         return self.output_down(h if self.final_norm is None else self.final_norm(h))
 
+    def fixed_lengths(self, encoded: Encoded) -> Tensor:
+        """With the ``pad`` policy, the length of each target with its padding: int64 ``[B]``."""
+        return torch.full((len(encoded.mask),), self.config.target_length, device=encoded.mask.device)
+
     def length_logits(self, encoded: Encoded) -> Tensor:
         """Scores of target lengths 0..target_length, float32 ``[B, target_length + 1]``.
 
@@ -170,69 +160,17 @@ class ARDiffusion(nn.Module):
         ``None``. In training mode a timestep sampler that learns is told the losses.
         """
         c = self.config
-        # Not buffers: a cast of the model to bfloat16 would round the tables.
-        self.schedule = schedule = self.schedule.to(target.device)
         seed = ops.draw_seed(seed)
         targets = self.layout(target)
         rows = torch.arange(len(target), device=target.device) if ids is None else ids
-        timesteps, weights = self.sampler.sample(
-            targets.lengths, targets.tokens.size(1), uniform=sentence_uniform(seed, rows))
-        if timesteps.dim() == 1:
-            timesteps = timesteps[:, None].expand(-1, targets.tokens.size(1)).contiguous()
-        table = self.embedding.table()
-        x0, x_t = ops.embed_q_sample(
-            table, targets.tokens, timesteps, schedule.signal, schedule.sigma * c.noise_factor,
-            sigma0=0.0 if c.clean_x0 else self.sigma0, seed=seed, rows=rows)
+        timesteps, weights = self.draw_timesteps(targets.lengths, targets.tokens.size(1), seed, rows)
+        batch = self.corrupt(targets.tokens, timesteps, weights, seed, rows)
         encoded = self.encode(src_tokens)
         mask = targets.mask if c.length_policy == "predict" else None
-        x_self = None
-        if c.self_conditioning and self._flip_coin(seed):
-            with torch.no_grad():
-                x_self = self.denoise(x_t, timesteps, encoded, mask, None, targets.lengths)
-        x0_hat = self.denoise(x_t, timesteps, encoded, mask, x_self, targets.lengths)
-        losses = self._losses(x0, x0_hat, table, targets, timesteps, weights)
-        if self.sampler_state is not None and self.training:
-            self._tell_sampler(self.sampler_state, losses, weights)
+        x0_hat = self.predict(
+            lambda x_self: self.denoise(batch.x_t, timesteps, encoded, mask, x_self, targets.lengths), seed)
+        losses = self.score(batch, x0_hat, targets.tokens, targets.mask)
         if self.length_head is not None:
             losses.per_sentence["length"] = nn.functional.cross_entropy(
                 self.length_logits(encoded), targets.lengths, reduction="none")
         return losses
-
-    def _flip_coin(self, seed: Tensor) -> bool:
-        """Whether this batch is self-conditioned: a function of the seed, so every process decides alike."""
-        return (int(seed) * 2654435761 >> 16) % 65536 < self.config.self_conditioning * 65536
-
-    def _losses(self, x0: Tensor, x0_hat: Tensor, table: Tensor, targets: Targets, timesteps: Tensor,
-                weights: Tensor) -> Losses:
-        """The per-token terms: mse (against Emb(w) where t = 0), token cross-entropy, prior (Diffusion-LM's L_T)."""
-        c = self.config
-        goal = x0
-        if not c.clean_x0:
-            clean = nn.functional.embedding(targets.tokens, table)
-            goal = torch.where(timesteps.eq(0)[..., None], clean, x0)
-        scored = x0 if c.ce_on == "x0" else x0_hat
-        nll = ops.linear_cross_entropy(
-            scored.flatten(0, 1), self.embedding.head_table(), self.embedding.bias,
-            targets.tokens.masked_fill(~targets.mask, -100).flatten(), label_smoothing=c.label_smoothing)
-        keep = targets.mask.float() * weights[:, None]
-        per_token = {
-            "mse": (goal.float() - x0_hat.float()).square().mean(-1) * keep,
-            "nll": nll.view_as(keep) * keep,
-        }
-        if not c.clean_x0:   # without x0 noise on a normalised table the term is a constant
-            per_token["prior"] = x0.float().square().mean(-1) * self.abar_end * keep
-        return Losses(per_token, targets.mask, timesteps, c.diffusion_steps)
-
-    @staticmethod
-    def _tell_sampler(state: SamplerState, losses: Losses, weights: Tensor) -> None:
-        """Each sentence's loss, as DiffuSeq's sampler wants it: the sum of the terms, unweighted, mean over tokens."""
-        tokens = losses.mask.sum(1)
-        terms = torch.stack([value.detach().sum(1) for value in losses.per_token.values()])
-        told = tokens > 0
-        state.update(losses.timesteps[told, 0], (terms.sum(0) / (weights * tokens))[told])
-
-
-def sentence_uniform(seed: Tensor, rows: Tensor) -> Tensor:
-    """One uniform number per sentence in [0, 1), float32 ``[B]``: a function of the seed and the sentence's id."""
-    normal = ops.philox_normal((len(rows), 1, 1), seed=seed, rows=rows).flatten()
-    return (0.5 * torch.erfc(-normal / math.sqrt(2.0))).clamp(0.0, 1.0 - 2.0**-24)

@@ -1,7 +1,8 @@
-"""Configuration of AR-Diffusion, with the checks of its values."""
+"""What the configurations of all models share: sizes and options, with the checks of their values."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,10 +12,14 @@ from pydiffseq.nn.length import LENGTH_FEATURES
 INJECTIONS = ("add", "txl", "rotary")
 LENGTH_POLICIES = ("pad", "predict")
 CE_TARGETS = ("x0", "pred")
+LOSS_SCOPES = ("all", "target", "nonpad")
+LOGITS = ("dot", "distance")
 
+# Every option of any model whose value is one of a few names.
 CHOICES = {
     "noise_schedule": tuple(SCHEDULES), "timestep_sampler": tuple(TIMESTEP_SAMPLERS), "time_injection": INJECTIONS,
     "length_policy": LENGTH_POLICIES, "length_feature": LENGTH_FEATURES, "ce_on": CE_TARGETS,
+    "loss_scope": LOSS_SCOPES, "logits": LOGITS,
 }
 
 
@@ -23,42 +28,46 @@ def option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
-@dataclass
-class ARDiffusionConfig:
-    """Sizes and options of AR-Diffusion; the defaults are the published IWSLT14 configuration (spec 2.9),
-    but for the length policy: published is ``pad``, ``predict`` scores better at equal budget.
+def changed(base: type, name: str, default: Any) -> Any:
+    """The option ``name`` of ``base`` with another default and the same help text."""
+    inherited = next(f for f in dataclasses.fields(base) if f.name == name)
+    return option(default, inherited.metadata["help"])
 
-    ``vocabulary`` and ``source_vocabulary`` are sizes; the special ids follow fairseq's dictionary.
+
+@dataclass
+class ModelConfig:
+    """Sizes and options that every model has.
+
+    ``vocabulary`` and ``source_vocabulary`` are sizes (0: one dictionary for both); the special ids follow fairseq's
+    dictionary.
 
     Raises:
-        ValueError: an unknown choice, a size or probability out of range, or options that do not go together.
+        ValueError: an unknown choice, or a size or probability out of range.
     """
 
     vocabulary: int
-    source_vocabulary: int
+    source_vocabulary: int = 0
     pad: int = 1
     eos: int = 2
+    bos: int = 0
     latent_dim: int = option(64, "size of the latent token embeddings that are noised")
     time_dim: int = option(64, "size of the sinusoidal time features")
-    hidden_dim: int = option(256, "width of encoder and decoder")
-    ffn_dim: int = option(1024, "width of the encoder's feed-forward layers (the decoder's GEGLU has 4 x hidden_dim)")
+    hidden_dim: int = option(256, "width of the network")
+    ffn_dim: int = option(1024, "width of the feed-forward layers (of the encoder; AR-Diffusion's GEGLU has "
+                                "4 x hidden_dim)")
     heads: int = option(4, "attention heads")
     encoder_layers: int = option(6, "encoder layers")
-    decoder_layers: int = option(6, "decoder blocks")
-    source_positions: int = option(256, "longest source, in tokens")
-    target_length: int = option(90, "longest target, in tokens; with length_policy=pad every target has this length")
-    dropout: float = option(0.2, "dropout probability")
+    dropout: float = option(0.1, "dropout probability")
     attention_dropout: float = option(0.1, "dropout probability on attention weights")
     diffusion_steps: int = option(2000, "diffusion steps T")
     noise_schedule: str = option("sqrt", "noise schedule")
     timestep_sampler: str = option("xy_uniform", "how training draws timesteps: xy_uniform (per token, AR-Diffusion), "
                                                  "uniform or lossaware (one per sentence)")
     anchor_scale: float = option(2.0, "anchor of the per-token timesteps, in units of the target length (> 0)")
-    time_injection: str = option("txl", "how the timestep enters the decoder")
     length_policy: str = option("predict", "pad: </s> and padding are tokens of a fixed length (published); predict: a "
                                            "length head, padding masked")
-    length_feature: str = option("mean_pool", "what the length head reads: mean_pool or token_embed (the first encoder "
-                                              "state)")
+    length_feature: str = option("mean_pool", "what the length head reads of the source: mean_pool or token_embed (the "
+                                              "first token's state)")
     length_relative: bool = option(False, "add a learned bias on (target length - source length) to the length scores")
     self_conditioning: float = option(0.0, "probability of a first pass whose x0_hat is fed back (0: network without "
                                            "self-conditioning)")
@@ -66,21 +75,17 @@ class ARDiffusionConfig:
                                       "as published")
     embedding_norm: bool = option(False, "layer-norm each latent embedding, without affine parameters")
     scale_embedding: bool = option(False, "multiply latent embeddings by sqrt(latent_dim)")
-    share_embeddings: bool = option(False, "the encoder reads the latent embeddings through a projection (joined "
-                                           "dictionary)")
     clean_x0: bool = option(False, "no sqrt(1 - abar_0) noise on x0 (published: with noise)")
     ce_on: str = option("x0", "token cross-entropy on the noisy x0 (published) or on the prediction (anchor loss)")
     label_smoothing: float = option(0.0, "label smoothing of the token cross-entropy")
     encoder_pre_norm: bool = option(False, "pre-LN encoder with a final layer norm instead of the post-LN one")
-    without_pooler: bool = option(False, "leave out BERT's pooler, whose output counts with weight zero as published")
-    decoder_final_norm: bool = option(False, "layer norm after the last decoder block")
 
     def __post_init__(self) -> None:
+        self.source_vocabulary = self.source_vocabulary or self.vocabulary
         for name, accepted in CHOICES.items():
-            if getattr(self, name) not in accepted:
+            if getattr(self, name, accepted[0]) not in accepted:
                 raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {getattr(self, name)!r}")
-        for name in ("latent_dim", "time_dim", "hidden_dim", "ffn_dim", "heads", "encoder_layers", "decoder_layers",
-                     "source_positions", "target_length"):
+        for name in self.sizes():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         for name in ("dropout", "attention_dropout"):
@@ -88,8 +93,6 @@ class ARDiffusionConfig:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.hidden_dim % self.heads:
             raise ValueError(f"hidden_dim must be a multiple of heads, got {self.hidden_dim} and {self.heads}")
-        if self.time_injection == "rotary" and self.hidden_dim // self.heads % 2:
-            raise ValueError(f"the rotary injection needs an even head size, got {self.hidden_dim // self.heads}")
         for name in ("anchor_scale", "noise_factor"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
@@ -98,7 +101,19 @@ class ARDiffusionConfig:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if self.diffusion_steps < 2:
             raise ValueError(f"diffusion_steps must be >= 2, got {self.diffusion_steps}")
-        if self.share_embeddings and self.vocabulary != self.source_vocabulary:
-            raise ValueError(
-                "share_embeddings needs one joined dictionary, got "
-                f"{self.source_vocabulary} source and {self.vocabulary} target entries")
+
+    @classmethod
+    def sizes(cls) -> tuple[str, ...]:
+        """Names of the options that must be at least 1."""
+        return ("latent_dim", "time_dim", "hidden_dim", "ffn_dim", "heads", "encoder_layers")
+
+    @property
+    def joined_dictionary(self) -> bool:
+        """Whether source and target must be written in one dictionary."""
+        return False
+
+    def check_joined(self, who: str) -> None:
+        """Raise ``ValueError`` unless both dictionaries have one size."""
+        if self.vocabulary != self.source_vocabulary:
+            raise ValueError(f"{who} needs one joined dictionary, got {self.source_vocabulary} source and "
+                             f"{self.vocabulary} target entries")

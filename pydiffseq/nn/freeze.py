@@ -14,21 +14,20 @@ from pydiffseq.nn.time import TimeFeatures, TimeMLP, Timesteps, TimeTable
 Network = TypeVar("Network", bound=nn.Module)
 
 
-class FrozenEmbedding(nn.Module):
-    """The tables of a :class:`LatentEmbedding` as they are now; the ops that pack a table find the same one each time."""
+class FrozenEmbedding(LatentEmbedding):
+    """A :class:`LatentEmbedding` with its tables as they are now; the ops that pack a table find the same one each time."""
 
     def __init__(self, embedding: LatentEmbedding) -> None:
-        super().__init__()
-        self.bias = embedding.bias.detach().clone()
+        nn.Module.__init__(self)
+        self.distance = embedding.distance
+        self.register_buffer("bias", embedding.bias.detach().clone())
         self._head_table = embedding.head_table().detach().clone()
         self._table = embedding.table().detach().clone() if embedding.scale else self._head_table
 
     def head_table(self) -> Tensor:
-        """The rows that score tokens, ``[V, d]``."""
         return self._head_table
 
     def table(self) -> Tensor:
-        """The rows that embed tokens, ``[V, d]``."""
         return self._table
 
 

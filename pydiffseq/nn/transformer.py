@@ -1,4 +1,4 @@
-"""Encoder and decoder of AR-Diffusion: a BERT-style (or pre-LN) encoder and pre-LN blocks with GEGLU."""
+"""Transformer layers: BERT-style (or pre-LN) encoder layers, and AR-Diffusion's pre-LN decoder blocks with GEGLU."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ class EncoderLayer(nn.Module):
     def feed_forward(self, x: Tensor, residual: Tensor) -> Tensor:
         return ops.dropout_add(self.down(F.gelu(self.up(x))), residual, self.dropout, training=self.training)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """``mask``: bool ``[B, S]``, True = real position; ``None`` attends to all."""
         if self.pre_norm:
             x = self.attention(self.attention_norm(x), mask, residual=x)
             return self.feed_forward(self.ffn_norm(x), residual=x)

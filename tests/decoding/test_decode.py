@@ -11,7 +11,7 @@ from pydiffseq import ops
 from pydiffseq.decoding import DecodeOptions, decode, mbr_order
 from pydiffseq.models import ARDiffusion, ARDiffusionConfig
 
-PAD, EOS = 1, 2
+BOS, PAD, EOS = 0, 1, 2
 CONFIG = ARDiffusionConfig(
     vocabulary=31, source_vocabulary=31, latent_dim=8, time_dim=8, hidden_dim=16, ffn_dim=24, heads=2, encoder_layers=1,
     decoder_layers=2, source_positions=12, target_length=7, dropout=0.1, attention_dropout=0.1, length_policy="pad")
@@ -306,7 +306,7 @@ def test_published_decoding_is_the_published_loop(changes, steps):
     best = log_probabilities.max(-1)
     for (hypothesis,), tokens, scores in zip(found, best.indices.tolist(), best.values, strict=True):
         end = tokens.index(EOS) if EOS in tokens else len(tokens)
-        kept = [n for n in range(end) if tokens[n] != PAD]
+        kept = [n for n in range(end) if tokens[n] not in (PAD, BOS)]
         assert hypothesis.tokens.tolist() == [tokens[n] for n in kept]
         torch.testing.assert_close(hypothesis.token_scores.double(), scores[kept], rtol=1e-4, atol=1e-4)
     assert sum(len(hypothesis.tokens) for (hypothesis,) in found) > 8

@@ -9,8 +9,9 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from toy import TINY, command, load, script, train
 
 from pydiffseq.errors import InputError
-from pydiffseq.fairseq_plugin.model import ARCHITECTURES
-from pydiffseq.models import ARDiffusionConfig
+from pydiffseq.fairseq_plugin.architectures import ARCHITECTURES
+from pydiffseq.fairseq_plugin.model import FROM_DICTIONARY
+from pydiffseq.models import ARDiffusionConfig, DiffuSeqConfig
 
 
 def test_as_a_user_types_it(data, tmp_path):
@@ -92,17 +93,20 @@ def test_other_options_train(data, tmp_path):
     assert not any(key.startswith("ema.") for key in load(tmp_path / "checkpoint_last.pt")["model"])
 
 
-@pytest.mark.parametrize("arch", ["ar_diffusion", *ARCHITECTURES])
-def test_named_architectures(arch):
+@pytest.mark.parametrize(("model", "arch"), [(model, arch) for model in ARCHITECTURES
+                                             for arch in (model, *ARCHITECTURES[model])])
+def test_named_architectures(model, arch):
     """What the parser makes of an arch: its values, the published defaults elsewhere, and options typed on top."""
     words = ["data", "--task", "diffusion_seq2seq", "--arch", arch, "--dropout", "0.3"]
     args = options.parse_args_and_arch(options.get_training_parser(), words)
-    model = convert_namespace_to_omegaconf(args).model
-    expected = vars(ARDiffusionConfig(10, 10)) | {"ema_rate": 0.9999} | ARCHITECTURES.get(arch, {}) | {"dropout": 0.3}
-    for name in ("vocabulary", "source_vocabulary", "pad", "eos"):
+    parsed = convert_namespace_to_omegaconf(args).model
+    config = {"ar_diffusion": ARDiffusionConfig, "diffuseq": DiffuSeqConfig}[model]
+    changes = ARCHITECTURES[model].get(arch, {})
+    expected = vars(config(10, 10)) | {"ema_rate": 0.9999} | changes | {"dropout": 0.3}
+    for name in FROM_DICTIONARY:
         del expected[name]
-    assert {name: getattr(model[name], "value", model[name]) for name in expected} == expected
-    assert model._name == arch
+    assert {name: getattr(parsed[name], "value", parsed[name]) for name in expected} == expected
+    assert parsed._name == arch
 
 
 @pytest.mark.parametrize("policy", ["pad", "predict"])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pydiffseq import ops
 from pydiffseq.models import ARDiffusion, ARDiffusionConfig
-from pydiffseq.models.ar_diffusion import sentence_uniform
+from pydiffseq.models.base import sentence_uniform
 
 PAD, EOS = 1, 2
 SMALL = ARDiffusionConfig(
@@ -246,14 +246,15 @@ def test_losses_agree_with_the_literal_float64_losses(changes, seed):
     ("ar_diffusion_commongen", 30522, 9_507_322)])
 def test_published_parameter_counts(name, vocabulary, parameters):
     pytest.importorskip("fairseq")
-    from pydiffseq.fairseq_plugin.model import ARCHITECTURES
+    from pydiffseq.fairseq_plugin.architectures import ARCHITECTURES
 
-    config = ARDiffusionConfig(vocabulary=vocabulary, source_vocabulary=vocabulary, **ARCHITECTURES[name])
+    config = ARDiffusionConfig(vocabulary=vocabulary, source_vocabulary=vocabulary, **ARCHITECTURES["ar_diffusion"][name])
     assert sum(p.numel() for p in ARDiffusion(config).parameters()) == parameters
 
 
 def test_cnndm_and_xsum_differ_in_the_target_length_alone():
     pytest.importorskip("fairseq")
-    from pydiffseq.fairseq_plugin.model import ARCHITECTURES
+    from pydiffseq.fairseq_plugin.architectures import ARCHITECTURES
 
-    assert ARCHITECTURES["ar_diffusion_cnndm"] == ARCHITECTURES["ar_diffusion_xsum"] | {"target_length": 180}
+    named = ARCHITECTURES["ar_diffusion"]
+    assert named["ar_diffusion_cnndm"] == named["ar_diffusion_xsum"] | {"target_length": 180}
