@@ -21,5 +21,6 @@ PYBIND11_MODULE(_C, m) {
   pds::bind_cross_entropy(m);
   pds::bind_timestep_attention(m);
   pds::bind_geglu(m);
+  pds::bind_linear(m);
   pds::bind_mbr(m);
 }

@@ -16,6 +16,7 @@ void bind_nearest(pybind11::module_& m);
 void bind_cross_entropy(pybind11::module_& m);
 void bind_timestep_attention(pybind11::module_& m);
 void bind_geglu(pybind11::module_& m);
+void bind_linear(pybind11::module_& m);
 void bind_mbr(pybind11::module_& m);
 
 }  // namespace pds

@@ -25,6 +25,7 @@ KERNELS = {
     "dropout": "dropout",
     "dropout_add": "dropout",
     "geglu": "geglu",
+    "linear": "linear",
     "nearest": "nearest_search",
     "linear_cross_entropy": "cross_entropy_forward",
     "timestep_attention": "timestep_attention_forward",

@@ -9,15 +9,21 @@ to timestep 0, where a few per cent of the previous state are left, as AR-Diffus
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
+from pydiffseq.diffusion.schedules import NoiseSchedule
 from pydiffseq.diffusion.token_times import check_anchor_scale, xy_token_timesteps
 
 Time = int | Tensor
 StepList = list[tuple[Time, Time]]
 
 ENDS = ("zero", "clean")
+SPACINGS = ("uniform", "quadratic", "logsnr", "stride")
 
 
 def _check_end(end: str) -> None:
@@ -37,10 +43,7 @@ def uniform_steps(T: int, steps: int, end: str = "clean") -> StepList:
     _check_end(end)
     if not 1 <= steps <= T:
         raise ValueError(f"the number of steps must be in 1..{T} (T) with one timestep per sentence, got {steps}")
-    visited = [T * (steps - i) // steps - 1 for i in range(steps)]
-    if end == "clean" or visited[-1] > 0:
-        visited.append(-1 if end == "clean" else 0)
-    return list(zip(visited[:-1], visited[1:], strict=True))
+    return sentence_steps([T * (steps - i) // steps - 1 for i in range(steps)], end)
 
 
 def ancestral_steps(T: int) -> StepList:
@@ -97,3 +100,97 @@ def xy_steps(T: int, lengths: Tensor | int, max_len: int, steps: int, anchor_sca
     elif bool((indices[-1] > 0).any()):
         visited.append(xy_token_timesteps(torch.zeros_like(lengths), lengths, max_len, T, anchor_scale))
     return list(zip(visited[:-1], visited[1:], strict=True))
+
+
+def spaced_timesteps(spacing: str, schedule: NoiseSchedule, steps: int) -> list[int]:
+    """The timesteps that a list of ``steps`` model calls visits, from T-1 down, each once.
+
+    ``uniform``: evenly spaced (see :func:`uniform_steps`). ``stride``: every ``T // steps``-th, as AR-Diffusion's and
+    DiffuSeq's code. ``quadratic``: ``(T-1) ((steps - i) / steps)^2``, dense where little noise is left (Song et al.
+    2021, appendix D). ``logsnr``: evenly spaced in ``log(abar / (1 - abar))`` (Lu et al. 2022, DPM-Solver).
+
+    Raises:
+        ValueError: unknown spacing, ``steps < 1`` or ``steps > T``.
+    """
+    T = schedule.T
+    if spacing not in SPACINGS:
+        raise ValueError(f"unknown spacing {spacing!r} of a step list; choose one of {', '.join(SPACINGS)}")
+    if not 1 <= steps <= T:
+        raise ValueError(f"the number of steps must be in 1..{T} (T), got {steps}")
+    if spacing == "uniform":
+        return [T * (steps - i) // steps - 1 for i in range(steps)]
+    if spacing == "stride":
+        return [T - 1 - i * (T // steps) for i in range(steps)]
+    if spacing == "quadratic":
+        return _distinct([round((T - 1) * ((steps - i) / steps) ** 2) for i in range(steps)], T)
+    level = (schedule.abar / (1 - schedule.abar)).log().flip(0).contiguous().cpu()   # ascending; entry T-1-t is t's
+    wanted = level[0] + (level[-1] - level[0]) * torch.arange(steps, dtype=level.dtype) / steps
+    return _distinct([T - 1 - int(i) for i in torch.searchsorted(level, wanted)], T)
+
+
+def _distinct(falling: list[int], T: int) -> list[int]:
+    """The nearest list that falls by at least one and stays in 0..T-1."""
+    highest = T
+    for i, t in enumerate(falling):
+        highest = falling[i] = min(t, highest - 1)
+    lowest = -1
+    for i in reversed(range(len(falling))):
+        lowest = falling[i] = max(falling[i], lowest + 1)
+    return falling
+
+
+def check_visited(name: str, visited: Sequence[int], T: int) -> list[int]:
+    """``visited`` as a list, if it falls and lies in 0..T-1.
+
+    Raises:
+        ValueError: it is empty, does not fall or leaves the range; ``name`` says which list it is.
+    """
+    if not visited:
+        raise ValueError(f"{name} must have at least one timestep, got none")
+    for i, t in enumerate(visited):
+        if not 0 <= t < T:
+            raise ValueError(f"{name} must hold timesteps in 0..{T - 1}, got {t} at place {i + 1}")
+        if i and t >= visited[i - 1]:
+            raise ValueError(f"{name} must fall, got {t} after {visited[i - 1]} at place {i + 1}")
+    return list(visited)
+
+
+def read_visited(path: str | Path) -> list[int]:
+    """Timesteps of a file: integers between white space or commas; ``#`` starts a comment.
+
+    Raises:
+        OSError: no such file. ValueError: something in it is not an integer.
+    """
+    visited: list[int] = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        for word in re.split(r"[\s,]+", line.partition("#")[0].strip()):
+            if word and not re.fullmatch(r"[+-]?\d+", word):
+                raise ValueError(f"step list {path}, line {number}: must be integers, got {word!r}")
+            visited += [int(word)] if word else []
+    return visited
+
+
+def sentence_steps(visited: Sequence[int], end: str = "clean") -> StepList:
+    """Transitions of one timestep per sentence along ``visited``, which falls; one model call for each entry."""
+    _check_end(end)
+    last = -1 if end == "clean" else 0
+    nodes = [*visited, last] if visited[-1] > last else list(visited)
+    return list(zip(nodes[:-1], nodes[1:], strict=True))
+
+
+def token_steps(T: int, visited: Sequence[int], lengths: Tensor, max_len: int, anchor_scale: float = 2.0,
+                end: str = "clean") -> StepList:
+    """AR-Diffusion's token timesteps along ``visited``: entry v stands for the sentence index ``v (T + N - 1) / (T - 1)``.
+
+    Args, results and errors as :func:`xy_steps`, whose stride over the indices becomes any list.
+    """
+    _check_end(end)
+    check_anchor_scale(anchor_scale)
+    last = T + lengths - 1
+    nodes = [xy_token_timesteps((v * last + (T - 1) // 2) // max(1, T - 1), lengths, max_len, T, anchor_scale)
+             for v in visited]
+    if end == "clean":
+        nodes.append(torch.full_like(nodes[0], -1))
+    elif visited[-1] > 0:
+        nodes.append(xy_token_timesteps(torch.zeros_like(lengths), lengths, max_len, T, anchor_scale))
+    return list(zip(nodes[:-1], nodes[1:], strict=True))

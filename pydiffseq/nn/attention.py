@@ -23,6 +23,14 @@ def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
     return x.view(batch, length, parts, heads, width // (parts * heads)).unbind(2)
 
 
+class ResidualLinear(nn.Linear):
+    """The last layer of a branch."""
+
+    def forward(self, x: Tensor, residual: Tensor, dropout: float = 0.0) -> Tensor:  # type: ignore[override]
+        """``residual + dropout(linear(x))``."""
+        return ops.dropout_add(super().forward(x), residual, dropout, training=self.training)
+
+
 class SelfAttention(nn.Module):
     """Self-attention whose keys may carry a time term (AR-Diffusion's ``txl`` and ``rotary`` injections).
 
@@ -35,7 +43,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads, self.dropout, self.attention_dropout, self.injection = heads, dropout, attention_dropout, injection
         self.qkv = nn.Linear(hidden_dim, 3 * hidden_dim, bias=bias)
-        self.out = nn.Linear(hidden_dim, hidden_dim)
+        self.out = ResidualLinear(hidden_dim, hidden_dim)
         if injection == "txl":
             self.content_bias = nn.Parameter(torch.rand(heads, hidden_dim // heads))
             self.time_bias = nn.Parameter(torch.rand(heads, hidden_dim // heads))
@@ -61,7 +69,7 @@ class SelfAttention(nn.Module):
             attended = ops.timestep_attention(
                 q, k, v, tau, self.content_bias, self.time_bias, timesteps=timesteps, key_mask=mask,
                 dropout_p=dropout_p)
-        return ops.dropout_add(self.out(attended.flatten(2)), residual, self.dropout, training=self.training)
+        return self.out(attended.flatten(2), residual, self.dropout)
 
 
 class CrossAttention(nn.Module):
@@ -72,7 +80,7 @@ class CrossAttention(nn.Module):
         self.heads, self.dropout, self.attention_dropout = heads, dropout, attention_dropout
         self.query = nn.Linear(hidden_dim, hidden_dim, bias=False)
         self.key_value = nn.Linear(hidden_dim, 2 * hidden_dim, bias=False)
-        self.out = nn.Linear(hidden_dim, hidden_dim)
+        self.out = ResidualLinear(hidden_dim, hidden_dim)
 
     def project(self, states: Tensor) -> KeyValue:
         """Keys and values of encoder states ``[B, S, H]``; they do not change during denoising."""
@@ -86,4 +94,4 @@ class CrossAttention(nn.Module):
         query = self.query(x).view(len(source.key), -1, *source.key.shape[2:])
         attended = ops.timestep_attention(query, source.key, source.value, key_mask=mask,
                                           dropout_p=self.attention_dropout if self.training else 0.0)
-        return ops.dropout_add(self.out(attended.view(x.shape)), residual, self.dropout, training=self.training)
+        return self.out(attended.view(x.shape), residual, self.dropout)

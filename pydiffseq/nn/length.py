@@ -32,9 +32,20 @@ class LengthHead(nn.Module):
             first = mask.long().argmax(1)   # not 0: the source may be padded on the left
             feature = states[torch.arange(len(states), device=mask.device), first]
         else:
-            keep = mask.to(states.dtype)[..., None]
-            feature = (states * keep).sum(1) / keep.sum(1).clamp_min(1)
-        logits = F.linear(feature, self.table.weight).float()
+            feature = self.mean(states, mask)
+        return self.add_bias(self.scores(feature).float(), mask)
+
+    def mean(self, states: Tensor, mask: Tensor) -> Tensor:
+        """Mean of the states at real positions, ``[B, H]``."""
+        keep = mask.to(states.dtype)[..., None]
+        return (states * keep).sum(1) / keep.sum(1).clamp_min(1)
+
+    def scores(self, feature: Tensor) -> Tensor:
+        """``[B, H] -> [B, max_length + 1]``."""
+        return F.linear(feature, self.table.weight)
+
+    def add_bias(self, logits: Tensor, mask: Tensor) -> Tensor:
+        """The learned bias on the difference of the lengths, where there is one."""
         if self.offset_bias is None:
             return logits
         offset = torch.arange(self.max_length + 1, device=mask.device) - mask.sum(1, keepdim=True)

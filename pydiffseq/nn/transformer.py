@@ -6,23 +6,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pydiffseq import ops
-from pydiffseq.nn.attention import CrossAttention, KeyValue, SelfAttention
+from pydiffseq.nn.attention import CrossAttention, KeyValue, ResidualLinear, SelfAttention
 from pydiffseq.nn.time import TimeMLP, TimeTable
 
 LN_EPS = 1e-12   # both published code bases use BERT's value
 
 
 class GEGLU(nn.Module):
-    """``Linear H -> 2F``, split in (a, g); ``a * GELU(g)`` with the exact GELU; dropout; ``Linear F -> H``."""
+    """``residual +`` (``Linear H -> 2F``, split in (a, g); ``a * GELU(g)``, exact; dropout; ``Linear F -> H``)."""
 
     def __init__(self, hidden_dim: int, ffn_dim: int, dropout: float) -> None:
         super().__init__()
         self.dropout = dropout
         self.up = nn.Linear(hidden_dim, 2 * ffn_dim)
-        self.down = nn.Linear(ffn_dim, hidden_dim)
+        self.down = ResidualLinear(ffn_dim, hidden_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(ops.dropout(ops.geglu(self.up(x)), self.dropout, training=self.training))
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.down(ops.dropout(ops.geglu(self.up(x)), self.dropout, training=self.training), residual)
 
 
 class EncoderLayer(nn.Module):
@@ -35,11 +35,11 @@ class EncoderLayer(nn.Module):
         self.attention = SelfAttention(hidden_dim, heads, dropout, attention_dropout, bias=True)
         self.attention_norm = nn.LayerNorm(hidden_dim, LN_EPS)
         self.up = nn.Linear(hidden_dim, ffn_dim)
-        self.down = nn.Linear(ffn_dim, hidden_dim)
+        self.down = ResidualLinear(ffn_dim, hidden_dim)
         self.ffn_norm = nn.LayerNorm(hidden_dim, LN_EPS)
 
     def feed_forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return ops.dropout_add(self.down(F.gelu(self.up(x))), residual, self.dropout, training=self.training)
+        return self.down(F.gelu(self.up(x)), residual, self.dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """``mask``: bool ``[B, S]``, True = real position; ``None`` attends to all."""
@@ -77,4 +77,4 @@ class DecoderBlock(nn.Module):
             tau = self.time_mlp(time) if self.time_mlp is not None else None
             x = self.self_attention(self.self_norm(x), mask, residual=x, time=tau)
         x = self.cross_attention(self.cross_norm(x), source, source_mask, residual=x)
-        return x + self.ffn(self.ffn_norm(x))
+        return self.ffn(self.ffn_norm(x), residual=x)

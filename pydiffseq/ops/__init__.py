@@ -4,11 +4,12 @@ from pydiffseq.ops._extension import draw_seed
 from pydiffseq.ops.cross_entropy import linear_cross_entropy
 from pydiffseq.ops.dropout import dropout, dropout_add
 from pydiffseq.ops.geglu import geglu
+from pydiffseq.ops.linear import PackedLinear
 from pydiffseq.ops.nearest import nearest
 from pydiffseq.ops.noise import embed_q_sample, philox_normal, q_sample, sampler_step
 from pydiffseq.ops.timestep_attention import rotary_timestep_attention, timestep_attention
 
 __all__ = [
-    "draw_seed", "dropout", "dropout_add", "embed_q_sample", "geglu", "linear_cross_entropy", "nearest",
-    "philox_normal", "q_sample", "rotary_timestep_attention", "sampler_step", "timestep_attention",
+    "PackedLinear", "draw_seed", "dropout", "dropout_add", "embed_q_sample", "geglu", "linear_cross_entropy",
+    "nearest", "philox_normal", "q_sample", "rotary_timestep_attention", "sampler_step", "timestep_attention",
 ]
