@@ -25,7 +25,7 @@ KERNELS = {
     "dropout": "dropout",
     "dropout_add": "dropout",
     "geglu": "geglu",
-    "linear": "linear",
+    "PackedLinear": "linear",
     "nearest": "nearest_search",
     "linear_cross_entropy": "cross_entropy_forward",
     "timestep_attention": "timestep_attention_forward",
