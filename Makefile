@@ -1,4 +1,4 @@
-# make install | demo | test | translate | bench | lint | wheel     (make help explains each)
+# make install | demo | test | translate | bench | kernels | lint | wheel     (make help explains each)
 PYTHON ?= python3
 VENV   ?= .venv
 # Any torch >= 2.6 does; this one is pinned so that a CPU-only machine does not fetch CUDA packages by accident.
@@ -8,7 +8,7 @@ SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml pyd
 MODEL  := examples/tatoeba_de_en/model
 DEMO_MINUTES ?= 8
 
-.PHONY: help install demo test translate bench lint wheel clean info
+.PHONY: help install demo test translate bench kernels lint wheel clean info
 
 help:
 	@echo "make install    environment in $(VENV) and the compiled package"
@@ -16,6 +16,7 @@ help:
 	@echo "make translate  German lines on standard input -> English lines"
 	@echo "make test       the whole test suite"
 	@echo "make bench      CPU kernel benchmarks: JSON and a table in build/bench"
+	@echo "make kernels    compile the CUDA kernels with nvcc (no GPU needed); registers, spills, tensor-core instructions"
 	@echo "make lint       ruff and mypy"
 	@echo "make wheel      build a wheel in dist/"
 
@@ -54,6 +55,10 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only -q --benchmark-max-time=0.5 \
 	  --benchmark-min-rounds=3 --benchmark-json=build/bench/cpu.json $(BENCH)
 	$(BIN)/python benchmarks/table.py build/bench/cpu.json --markdown build/bench/cpu.md
+
+# Needs nvcc only. Fails on an error, a warning, a spill, or a matrix kernel without tensor-core instructions.
+kernels:
+	$(PYTHON) tools/kernel_report.py --markdown build/kernels/kernels.md
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -3,6 +3,9 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
+#if PDS_CUDA
+#include "bindings/cuda/cuda.h"
+#endif
 
 namespace py = pybind11;
 
@@ -23,4 +26,7 @@ PYBIND11_MODULE(_C, m) {
   pds::bind_geglu(m);
   pds::bind_linear(m);
   pds::bind_mbr(m);
+#if PDS_CUDA
+  pds::bind_cuda(m);
+#endif
 }

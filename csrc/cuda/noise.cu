@@ -5,13 +5,10 @@
 // row (4 float32 or 8 half-precision elements, one or two Philox blocks). The grid strides over the tokens.
 #include "cuda/noise.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include <algorithm>
 
 #include "common/philox.h"
+#include "cuda/device.cuh"
 
 namespace pds {
 namespace cuda {
@@ -21,13 +18,6 @@ constexpr int kThreads = 256;
 constexpr int kBlocksPerProcessor = 32;   // several waves: enough to even out the tail, few enough to reuse the set-up
 
 // --- Elements ---
-
-__device__ __forceinline__ float widen(float x) { return x; }
-__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
-__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ void narrow(float x, float& out) { out = x; }
-__device__ __forceinline__ void narrow(float x, __half& out) { out = __float2half_rn(x); }
-__device__ __forceinline__ void narrow(float x, __nv_bfloat16& out) { out = __float2bfloat16_rn(x); }
 
 template <typename T>
 constexpr int kUnit = 16 / static_cast<int>(sizeof(T));   // elements that a thread takes at once
@@ -135,10 +125,6 @@ __device__ __forceinline__ void draw(const Coordinates& at, uint32_t unit, float
 }
 
 // --- Kernels ---
-
-__device__ __forceinline__ bool inside(int64_t index, int64_t size) {
-  return static_cast<uint64_t>(index) < static_cast<uint64_t>(size);
-}
 
 __device__ __forceinline__ bool clean(const uint8_t* mask, int64_t token) {
   return mask != nullptr && __ldg(mask + token) == 0;
@@ -312,13 +298,6 @@ int choose_lane_bits(int64_t units) {
   return best;
 }
 
-// Sets the device (our runtime is not torch's) and returns its number of multiprocessors.
-cudaError_t enter_device(int device, int& processors) {
-  const cudaError_t status = cudaSetDevice(device);
-  if (status != cudaSuccess) return status;
-  return cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-}
-
 Walk choose_walk(int64_t B, int64_t N, int64_t d, int element_size, int processors, uintptr_t addresses,
                  unsigned& blocks) {
   const int unit = 16 / element_size;
@@ -339,10 +318,10 @@ Walk choose_walk(int64_t B, int64_t N, int64_t d, int element_size, int processo
 
 uintptr_t address(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
 
-// Calls start(zero of the element type, walk, blocks, stream) and returns the launch's error. `addresses`: those of all
-// [.., d] tensors, or-ed.
-template <typename Args, typename Start>
-Status start_kernel(const Args& args, const Launch& launch, uintptr_t addresses, Start&& start) {
+// Calls run(zero of the element type, walk, grid), which launches, and returns the launch's error.
+// `addresses`: those of all [.., d] tensors, or-ed.
+template <typename Args, typename Run>
+Status start_kernel(const Args& args, const Launch& launch, uintptr_t addresses, Run&& run) {
   if (args.B <= 0 || args.N <= 0 || args.d <= 0) return cudaSuccess;
   int processors = 0;
   const cudaError_t status = enter_device(launch.device, processors);
@@ -350,14 +329,13 @@ Status start_kernel(const Args& args, const Launch& launch, uintptr_t addresses,
   const int size = launch.dtype == FloatType::float32 ? 4 : 2;
   unsigned blocks = 0;
   const Walk walk = choose_walk(args.B, args.N, args.d, size, processors, addresses, blocks);
-  const cudaStream_t stream = static_cast<cudaStream_t>(launch.stream);
+  const Grid grid{blocks, kThreads, 0};
   switch (launch.dtype) {
-    case FloatType::float32: start(float{}, walk, blocks, stream); break;
-    case FloatType::bfloat16: start(__nv_bfloat16{}, walk, blocks, stream); break;
-    case FloatType::float16: start(__half{}, walk, blocks, stream); break;
+    case FloatType::float32: return run(float{}, walk, grid);
+    case FloatType::bfloat16: return run(__nv_bfloat16{}, walk, grid);
+    case FloatType::float16: return run(__half{}, walk, grid);
     default: return cudaErrorInvalidValue;
   }
-  return cudaGetLastError();
 }
 
 }  // namespace
@@ -366,29 +344,28 @@ const char* error_string(Status status) { return cudaGetErrorString(static_cast<
 
 Status q_sample(const QSampleArgs& args, const int64_t* device_seed, const Launch& launch) {
   const uintptr_t addresses = address(args.source) | address(args.x0) | address(args.x_t) | address(args.eps);
-  return start_kernel(args, launch, addresses, [&](auto zero, const Walk& walk, unsigned blocks, cudaStream_t stream) {
-    q_sample_kernel<decltype(zero)><<<blocks, kThreads, 0, stream>>>(args, device_seed, walk);
+  return start_kernel(args, launch, addresses, [&](auto zero, const Walk& walk, const Grid& grid) {
+    return start(&q_sample_kernel<decltype(zero)>, grid, launch, args, device_seed, walk);
   });
 }
 
 Status q_sample_backward(const QSampleBackwardArgs& args, const Launch& launch) {
   const uintptr_t addresses = address(args.grad) | address(args.out);
-  return start_kernel(args, launch, addresses, [&](auto zero, const Walk& walk, unsigned blocks, cudaStream_t stream) {
-    q_sample_backward_kernel<decltype(zero)><<<blocks, kThreads, 0, stream>>>(args, walk);
+  return start_kernel(args, launch, addresses, [&](auto zero, const Walk& walk, const Grid& grid) {
+    return start(&q_sample_backward_kernel<decltype(zero)>, grid, launch, args, walk);
   });
 }
 
 Status sampler_step(const SamplerStepArgs& args, const int64_t* device_seed, const Launch& launch) {
   const uintptr_t addresses = address(args.x) | address(args.x0_hat) | address(args.out);
-  return start_kernel(args, launch, addresses, [&](auto zero, const Walk& walk, unsigned blocks, cudaStream_t stream) {
-    sampler_step_kernel<decltype(zero)><<<blocks, kThreads, 0, stream>>>(args, device_seed, walk);
+  return start_kernel(args, launch, addresses, [&](auto zero, const Walk& walk, const Grid& grid) {
+    return start(&sampler_step_kernel<decltype(zero)>, grid, launch, args, device_seed, walk);
   });
 }
 
 Status philox_normal(const NormalArgs& args, const int64_t* device_seed, const Launch& launch) {
-  return start_kernel(args, launch, address(args.out),
-                      [&](auto zero, const Walk& walk, unsigned blocks, cudaStream_t stream) {
-    normal_kernel<decltype(zero)><<<blocks, kThreads, 0, stream>>>(args, device_seed, walk);
+  return start_kernel(args, launch, address(args.out), [&](auto zero, const Walk& walk, const Grid& grid) {
+    return start(&normal_kernel<decltype(zero)>, grid, launch, args, device_seed, walk);
   });
 }
 

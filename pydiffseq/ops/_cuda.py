@@ -17,7 +17,8 @@ from pydiffseq.ops._extension import C
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # FloatType in csrc/cuda/launch.h
 
 Result = Tensor | tuple[Tensor, ...]
-Case = tuple[str, Callable[[], Result], Callable[[], Result]]  # of a self-check: the op's name, kernel and reference
+Exact = tuple[str, Callable[[], Result], Callable[[], Result]]  # of a self-check: the op's name, kernel and reference
+Case = Exact | tuple[str, Callable[[], Result], Callable[[], Result], float]  # unless bits must agree: the relative error
 
 _verdicts: dict[tuple[str, torch.device], bool] = {}
 
@@ -28,7 +29,7 @@ def compiled() -> bool:
 
 
 def trusted(family: str, device: torch.device, cases: Callable[[torch.device], Iterable[Case]]) -> bool:
-    """Whether the kernels of ``family`` give the bits of the reference on ``device``; tried at the first call.
+    """Whether the kernels of ``family`` reproduce the reference on ``device``; tried at the first call.
 
     The trial waits for the device, which a stream that records a CUDA graph may not do: until a call outside of one has
     made it, the reference runs.
@@ -58,8 +59,8 @@ def _capturing(device: torch.device) -> bool:
 def _self_check(family: str, device: torch.device, cases: Callable[[torch.device], Iterable[Case]]) -> bool:
     try:
         with torch.no_grad():
-            problem = next((f"{name} differs from its reference" for name, kernel, reference in cases(device)
-                            if not _same(kernel(), reference())), None)
+            problem = next((f"{name} differs from its reference" for name, kernel, reference, *tolerance in cases(device)
+                            if not _same(kernel(), reference(), *tolerance)), None)
     except Exception as error:  # whatever goes wrong in the trial, the reference is there to take over
         problem = f"{type(error).__name__}: {error}"
     if problem is not None:
@@ -68,7 +69,18 @@ def _self_check(family: str, device: torch.device, cases: Callable[[torch.device
     return problem is None
 
 
-def _same(ours: Result, theirs: Result) -> bool:
+def key_arguments(seed: Tensor, device: torch.device) -> tuple[Tensor, bool]:
+    """The seed where the binding (host) or the kernel (the same device) can read it, and whether it is the latter."""
+    return (seed, False) if seed.device.type == "cpu" else (seed.to(device), True)
+
+
+def _same(ours: Result, theirs: Result, tolerance: float = 0.0) -> bool:
     if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
-        return torch.equal(ours, theirs)
-    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        return torch.equal(ours, theirs) if tolerance == 0.0 else _close(ours, theirs, tolerance)
+    return all(_same(a, b, tolerance) for a, b in zip(ours, theirs, strict=True))
+
+
+def _close(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
+    """Whether the error's norm is at most ``tolerance`` of the reference's; NaN is not."""
+    difference = (ours.double() - theirs.double()).norm()
+    return ours.shape == theirs.shape and bool(difference <= tolerance * theirs.double().norm())

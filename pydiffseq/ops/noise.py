@@ -327,15 +327,10 @@ def _use_cuda(like: Tensor) -> bool:
             and _cuda.trusted("noise", like.device, _cuda_cases))
 
 
-def _key_arguments(seed: Tensor, device: torch.device) -> tuple[Tensor, bool]:
-    """The seed where the binding (host) or the kernel (the same device) can read it, and whether it is the latter."""
-    return (seed, False) if seed.device.type == "cpu" else (seed.to(device), True)
-
-
 def _q_sample_kernel(x0: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, mask: Tensor | None, seed: Tensor, step: int,
                      rows: Tensor | None, return_noise: bool) -> tuple[Tensor, Tensor]:
     x0, t, signal, sigma, mask, rows = _contiguous(x0, t, signal, sigma, mask, rows)
-    seed, on_device = _key_arguments(seed, x0.device)
+    seed, on_device = _cuda.key_arguments(seed, x0.device)
     x_t, eps = _q_sample_fake(x0, t, signal, sigma, mask, seed, step, rows, return_noise)
     _cuda.launch(
         C.noise_q_sample_cuda, x0.device, pointer(x0), 0, pointer(t), pointer(signal), pointer(sigma), pointer(mask), 0,
@@ -348,7 +343,7 @@ def _embed_kernel(table: Tensor, ids: Tensor, t: Tensor, signal: Tensor, sigma: 
                   mask: Tensor | None, seed: Tensor, step: int, rows: Tensor | None,
                   return_noise: bool) -> tuple[Tensor, Tensor, Tensor]:
     table, ids, t, signal, sigma, mask, rows = _contiguous(table, ids, t, signal, sigma, mask, rows)
-    seed, on_device = _key_arguments(seed, table.device)
+    seed, on_device = _cuda.key_arguments(seed, table.device)
     x0, x_t, eps = _embed_fake(table, ids, t, signal, sigma, sigma0, mask, seed, step, rows, return_noise)
     _cuda.launch(
         C.noise_q_sample_cuda, table.device, pointer(table), pointer(ids), pointer(t), pointer(signal), pointer(sigma),
@@ -369,7 +364,7 @@ def _q_sample_backward_kernel(grad: Tensor, t: Tensor, signal: Tensor, mask: Ten
 def _sampler_step_kernel(x: Tensor, x0_hat: Tensor, a: Tensor, b: Tensor, c: Tensor, seed: Tensor, step: int,
                          rows: Tensor | None) -> Tensor:
     x, x0_hat, a, b, c, rows = _contiguous(x, x0_hat, a, b, c, rows)
-    seed, on_device = _key_arguments(seed, x.device)
+    seed, on_device = _cuda.key_arguments(seed, x.device)
     out = x.new_empty(x.shape)
     _cuda.launch(
         C.noise_sampler_step_cuda, x.device, pointer(x), pointer(x0_hat), pointer(a), pointer(b), pointer(c),
@@ -379,7 +374,7 @@ def _sampler_step_kernel(x: Tensor, x0_hat: Tensor, a: Tensor, b: Tensor, c: Ten
 
 def _philox_normal_kernel(out: Tensor, seed: Tensor, step: int, rows: Tensor | None, stream: int) -> Tensor:
     """Fill ``out`` [B, N, d]."""
-    seed, on_device = _key_arguments(seed, out.device)
+    seed, on_device = _cuda.key_arguments(seed, out.device)
     (rows,) = _contiguous(None if rows is None else rows.to(out.device))
     _cuda.launch(C.noise_philox_normal_cuda, out.device, pointer(out), pointer(seed), pointer(rows), step, stream,
                  *out.shape, _cuda.DTYPES[out.dtype], on_device)

@@ -141,10 +141,11 @@ def timestep_attention(q: Tensor, k: Tensor, v: Tensor, tau: Tensor | None, u: T
 
 def timestep_attention_backward(
         grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, tau: Tensor | None, u: Tensor | None, w: Tensor | None,
-        timesteps: Tensor | None, key_mask: Tensor | None, seed: Tensor | None, lse: Tensor, dropout_p: float,
-        scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        timesteps: Tensor | None, key_mask: Tensor | None, seed: Tensor | None, out: Tensor, lse: Tensor,
+        dropout_p: float, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of q, k, v, tau, u and w. With dS that of the unscaled scores and c_j = sum_i dS_ij:
-    dk_j = (dS^T q)_j + c_j u, dtau_j = (dS^T q)_j + c_j w, du = sum_j c_j k_j, dw = sum_j c_j tau_j."""
+    dk_j = (dS^T q)_j + c_j u, dtau_j = (dS^T q)_j + c_j w, du = sum_j c_j k_j, dw = sum_j c_j tau_j. ``out`` (here not
+    needed) is the forward pass's."""
     dtype = q.dtype
     grad_out, q, k, v, tau, u, w = _at_least_float(grad_out, q, k, v, tau, u, w)
     tau_j = _tau_by_token(tau, timesteps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pydiffseq.ops import reference
+from pydiffseq.ops import _cuda, reference
 from pydiffseq.ops._extension import C, autocast, check_float, check_same_device, draw_seed, library, pointer, use_kernel
 
 library.define(
@@ -13,7 +13,7 @@ library.define(
     "Tensor? key_mask, Tensor? seed, float dropout_p, float scale) -> (Tensor out, Tensor lse)")
 library.define(
     "timestep_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? tau, Tensor? u, Tensor? w, "
-    "Tensor? timesteps, Tensor? key_mask, Tensor? seed, Tensor lse, float dropout_p, float scale) -> "
+    "Tensor? timesteps, Tensor? key_mask, Tensor? seed, Tensor out, Tensor lse, float dropout_p, float scale) -> "
     "(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor? grad_tau, Tensor? grad_u, Tensor? grad_w)")
 
 
@@ -172,10 +172,10 @@ def _forward_cpu(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale
     return out, lse
 
 
-def _backward_cpu(grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed, lse, dropout_p, scale):
+def _backward_cpu(grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed, out, lse, dropout_p, scale):
     if not use_kernel(grad_out, q, k, v, tau, u, w):
         return reference.timestep_attention_backward(
-            grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed, lse, dropout_p, scale)
+            grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed, out, lse, dropout_p, scale)
     lse = lse.contiguous()
     arguments, _alive = _kernel_arguments(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, lse)
     grad_q, grad_k, grad_v = q.new_empty(q.shape), q.new_empty(k.shape), q.new_empty(k.shape)
@@ -195,10 +195,102 @@ def _backward_cpu(grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed, lse, 
             None if grad_w is None else grad_w.sum(0).to(q.dtype))
 
 
-library.impl("timestep_attention", _forward_cpu, "CPU")
-library.impl("timestep_attention_backward", _backward_cpu, "CPU")
-library.impl("timestep_attention", reference.timestep_attention, "CompositeExplicitAutograd")
-library.impl("timestep_attention_backward", reference.timestep_attention_backward, "CompositeExplicitAutograd")
+# --- CUDA kernels (csrc/cuda/timestep_attention_*.cu) ---
+
+_KEY_BLOCK = 64  # kAttentionRows in csrc/cuda/timestep_attention.h
+
+
+def _use_cuda(q: Tensor) -> bool:
+    """Whether ``q`` is for the CUDA kernels (bfloat16 or float16, D a multiple of 8 up to 128), and they are trusted."""
+    return (q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[3] % 8 == 0 and q.shape[3] <= 128
+            and _cuda.compiled() and _cuda.trusted("timestep_attention", q.device, _cuda_cases))
+
+
+def _aligned(x: Tensor | None) -> Tensor | None:
+    """x, or a copy whose rows start at multiples of 16 bytes."""
+    if x is None or (x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in x.stride()[:-1])):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _cuda_arguments(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, lse, out):
+    """What both CUDA bindings take first, and the tensors that must outlive the call."""
+    heads = [_heads(_aligned(x)) for x in (q, k, v, tau)]
+    rest = [_contiguous(x) for x in (timesteps, u, w, key_mask)]
+    sizes = (q.shape[0], q.shape[2], q.shape[1], k.shape[1], q.shape[3])
+    threshold = reference.attention_drop_threshold(dropout_p) if seed is not None else 0
+    rows = tau.shape[0] if tau is not None and timesteps is not None else 0
+    seed, on_device = (None, False) if not threshold else _cuda.key_arguments(seed, q.device)
+    arguments = (sizes, scale, tuple(t[1] for t in heads), *(pointer(x) for x in rest), rows, threshold, lse.data_ptr(),
+                 out.data_ptr(), pointer(seed), on_device)
+    return arguments, (heads, rest, seed)
+
+
+def _forward_kernel(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale) -> tuple[Tensor, Tensor]:
+    out, lse = _forward_fake(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale)
+    arguments, _alive = _cuda_arguments(
+        q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, lse, out)
+    _cuda.launch(C.timestep_attention_forward_cuda, q.device, *arguments, _cuda.DTYPES[q.dtype])
+    return out, lse
+
+
+def _backward_kernel(grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed, out, lse, dropout_p, scale):
+    out, lse = out.contiguous(), lse.contiguous()
+    arguments, _alive = _cuda_arguments(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, lse, out)
+    grad_q, grad_k, grad_v = q.new_empty(q.shape), q.new_empty(k.shape), q.new_empty(k.shape)
+    table = tau is not None and timesteps is not None
+    grad_tau = None if tau is None or table else q.new_empty(k.shape)
+    grad_rows = q.new_empty(k.shape, dtype=torch.float32) if table else None
+    parts = (q.shape[0], q.shape[2], -(-k.shape[1] // _KEY_BLOCK), q.shape[3])
+    grad_u = None if u is None else q.new_empty(parts, dtype=torch.float32)
+    grad_w = None if w is None else q.new_empty(parts, dtype=torch.float32)
+    grads = (grad_q, grad_k, grad_v, grad_tau, grad_rows, None, grad_u, grad_w)
+    grad_out, grad_out_heads = _heads(_aligned(grad_out))
+    delta = torch.empty_like(lse)
+    _cuda.launch(C.timestep_attention_backward_cuda, q.device, *arguments, grad_out_heads,
+                 tuple(pointer(g) for g in grads), delta.data_ptr(), _cuda.DTYPES[q.dtype])
+    if table:  # sorts by timestep: the same bits every time
+        grad_tau = torch.ops.aten.embedding_dense_backward(
+            grad_rows.flatten(2), timesteps, tau.shape[0], -1, False).view(tau.shape).to(q.dtype)
+    return (grad_q, grad_k, grad_v, grad_tau, *(
+        None if g is None else g.sum((0, 2)).to(q.dtype) for g in (grad_u, grad_w)))
+
+
+def _cuda_cases(device: torch.device):
+    """The self-check: forward and backward of every head dimension, with everything that the kernels can do."""
+    for dtype, dim in ((dtype, dim) for dtype in (torch.bfloat16, torch.float16) for dim in (16, 32, 64, 96, 128)):
+        batch, heads, queries, keys, rows = 2, 2, 70, 131, 9
+        noise = reference.philox_normal(torch.tensor([dim]), 1, 1, (4 * batch * keys + rows + 2) * heads * dim, 0, None, 3,
+                                        dtype, device).flatten()
+        sizes = [batch * queries, batch * keys, batch * keys, batch * queries, rows, 1, 1]
+        q, k, v, grad, tau, u, w = noise[:sum(sizes) * heads * dim].view(-1, heads, dim).split(sizes)
+        q, k, v, grad = (x.view(batch, -1, heads, dim) for x in (q, k, v, grad))
+        timesteps = (torch.arange(batch * keys, device=device) * 5 % rows).view(batch, keys)
+        mask = torch.arange(keys, device=device) % 7 != torch.tensor([[3], [4]], device=device)
+        inputs = q, k, v, tau, u[0], w[0], timesteps, mask, torch.tensor([-7])
+        last = 0.25, dim**-0.5
+        out, lse = reference.timestep_attention(*inputs, *last)
+        tolerance = 8 * torch.finfo(dtype).eps
+        yield ("timestep_attention", lambda i=inputs, z=last: _forward_kernel(*i, *z),
+               lambda o=out, e=lse: (o, e), tolerance)
+        gradient = grad, *inputs, out, lse, *last
+        yield ("timestep_attention_backward", lambda g=gradient: _backward_kernel(*g),
+               lambda g=gradient: reference.timestep_attention_backward(*g), tolerance)
+
+
+def _forward_cuda(q, *arguments) -> tuple[Tensor, Tensor]:
+    return (_forward_kernel if _use_cuda(q) else reference.timestep_attention)(q, *arguments)
+
+
+def _backward_cuda(grad_out, q, *arguments):
+    return (_backward_kernel if _use_cuda(q) else reference.timestep_attention_backward)(grad_out, q, *arguments)
+
+
+for _name, _cpu, _gpu in (("timestep_attention", _forward_cpu, _forward_cuda),
+                          ("timestep_attention_backward", _backward_cpu, _backward_cuda)):
+    library.impl(_name, _cpu, "CPU")
+    library.impl(_name, _gpu, "CUDA")
+    library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("pydiffseq::timestep_attention", lib=library)
@@ -209,14 +301,14 @@ def _forward_fake(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scal
 
 
 @torch.library.register_fake("pydiffseq::timestep_attention_backward", lib=library)
-def _backward_fake(grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed, lse, dropout_p, scale):
+def _backward_fake(grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed, out, lse, dropout_p, scale):
     return tuple(None if x is None else x.new_empty(x.shape) for x in (q, k, v, tau, u, w))
 
 
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.dropout_p, ctx.scale = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*tensors, output[1])
+    ctx.save_for_backward(*tensors, *output)
 
 
 def _backward(ctx, grad_out: Tensor, _grad_lse: Tensor | None):

@@ -1,0 +1,151 @@
+// Forward of timestep attention on CUDA: online softmax over tiles of keys, nothing of size queries x keys in memory.
+#include "cuda/timestep_attention.cuh"
+
+namespace pds {
+namespace cuda {
+namespace {
+
+template <int D>
+struct ForwardLayout {   // of shared memory, bytes
+  static constexpr int q = 0;
+  static constexpr int keys = Tile<D>::bytes(kAttentionRows);
+  static constexpr int biases = keys + 2 * KeyTiles<D, kWalk<D>>::kBytes;
+  static constexpr int terms = biases + 2 * D * 4;
+  static constexpr int total = terms + kWalk<D> * 4;
+};
+
+// Running softmax of the two rows of a thread, in units of log 2.
+struct Softmax {
+  float top[2] = {-3.402823466e+38f, -3.402823466e+38f};
+  float sum[2] = {0.f, 0.f};   // of this thread's columns
+
+  // scores -> exp2(score - top), out rescaled to the new top.
+  template <int kBlocks, int kOut>
+  __device__ __forceinline__ void update(float scores[kBlocks][4], float out[kOut][4], const float* terms, float scale,
+                                         int lane) {
+    float now[2] = {top[0], top[1]};
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) {
+      const float2 term = *reinterpret_cast<const float2*>(terms + 8 * n + 2 * (lane & 3));
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        scores[n][e] = scores[n][e] * scale + ((e & 1) != 0 ? term.y : term.x);
+        now[e >> 1] = fmaxf(now[e >> 1], scores[n][e]);
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      now[half] = fmaxf(now[half], __shfl_xor_sync(kWholeWarp, now[half], 1));
+      now[half] = fmaxf(now[half], __shfl_xor_sync(kWholeWarp, now[half], 2));
+      const float shrink = fast_exp2(top[half] - now[half]);
+      top[half] = now[half];
+      sum[half] *= shrink;
+#pragma unroll
+      for (int i = 0; i < kOut; ++i) {
+        out[i][2 * half] *= shrink;
+        out[i][2 * half + 1] *= shrink;
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        scores[n][e] = fast_exp2(scores[n][e] - top[e >> 1]);
+        sum[e >> 1] += scores[n][e];
+      }
+  }
+};
+
+template <typename T, int D, bool kDropout>
+__global__ void __launch_bounds__(kAttentionThreads)
+attention_forward_kernel(const __grid_constant__ TimestepAttentionArgs a, const int64_t* device_seed) {
+  constexpr int kKeys = kWalk<D>, kBlocks = kKeys / 8;
+  using Layout = ForwardLayout<D>;
+  using Keys = KeyTiles<D, kKeys>;
+  PDS_SHARED_MEMORY(shared);
+  float* biases = reinterpret_cast<float*>(shared + Layout::biases);
+  float* terms = reinterpret_cast<float*>(shared + Layout::terms);
+  const SharedAddress q_tile = shared_address(shared + Layout::q);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const Head head(static_cast<int>(a.heads), static_cast<int>((a.queries + kAttentionRows - 1) / kAttentionRows));
+  const int first = head.tile * kAttentionRows, query = first + 16 * warp + lane / 4;
+  const int tiles = static_cast<int>((a.keys + kKeys - 1) / kKeys);
+  const float scale = a.scale * kLog2E;
+  const DropoutKey dropout(a, device_seed, head);
+
+  load_rows<T, D, kAttentionRows>(q_tile, a.q, head, first, a.queries, a.dim);
+  if (tiles > 0) load_keys<T, D, kKeys>(Keys(shared_address(shared + Layout::keys)), a, head, 0);
+  commit_copies();
+  load_biases<T, D>(biases, a, head);
+
+  uint32_t q[D / 16][4];
+  float out[D / 8][4];
+  Softmax softmax;
+  clear<D / 8>(out);
+  for (int j = 0; j < tiles; ++j) {
+    const int stage = Layout::keys + (j & 1) * Keys::kBytes;
+    if (j + 1 < tiles)
+      load_keys<T, D, kKeys>(Keys(shared_address(shared + Layout::keys + ((j + 1) & 1) * Keys::kBytes)), a, head,
+                             (j + 1) * kKeys);
+    commit_copies();
+    wait_copies<1>();
+    __syncthreads();
+    if (j == 0) {
+#pragma unroll
+      for (int k = 0; k < D / 16; ++k) Tile<D>::load_a(q_tile, 16 * warp, k, lane, q[k]);
+    }
+    const bool keep = key_terms<T, D, kKeys>(shared + stage, biases, a, head, j * kKeys, scale, terms);
+    if (__syncthreads_or(keep) == 0) continue;
+    const Keys keys(shared_address(shared + stage));
+    float scores[kBlocks][4];
+    clear<kBlocks>(scores);
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) {
+      multiply_transposed<T, D, kKeys>(scores, q[k], keys.k, k, lane);
+      if (a.tau.data != nullptr) multiply_transposed<T, D, kKeys>(scores, q[k], keys.tau, k, lane);
+    }
+    softmax.template update<kBlocks, D / 8>(scores, out, terms, scale, lane);
+    if (kDropout) {
+      const uint32_t survive = survivors_by_query<kBlocks>(dropout, query, j * kKeys, lane);
+#pragma unroll
+      for (int n = 0; n < kBlocks; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) scores[n][e] = (survive >> (4 * n + e) & 1u) != 0 ? scores[n][e] : 0.f;
+    }
+    multiply_rows<T, D, kKeys>(out, scores, keys.v, lane);
+    __syncthreads();   // before the next copies into this stage
+  }
+  wait_copies<0>();
+
+  float factors[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float sum = sum_over_quad(softmax.sum[half]);
+    factors[half] = sum == 0.f ? 0.f : (kDropout ? dropout.factor : 1.f) / sum;
+    const int64_t row = query + 8 * half;
+    if ((lane & 3) == 0 && row < a.queries)
+      a.lse[(head.b * a.heads + head.h) * a.queries + row] =
+          sum == 0.f ? __int_as_float(0xFF800000) : (softmax.top[half] + log2f(sum)) * kLn2;
+  }
+  store_rows<T, D>(shared + Layout::q, out, factors,
+                   static_cast<T*>(a.out) + (head.b * a.queries * a.heads + head.h) * a.dim, a.heads * a.dim, first,
+                   a.queries, a.dim);
+}
+
+}  // namespace
+
+Status timestep_attention_forward(const TimestepAttentionArgs& args, const int64_t* device_seed, const Launch& launch) {
+  int processors = 0;
+  const cudaError_t status = enter_device(launch.device, processors);
+  if (status != cudaSuccess) return status;
+  return for_type_and_dim(launch.dtype, args.dim, [&](auto zero, auto dim) {
+    using T = decltype(zero);
+    constexpr int D = decltype(dim)::value;
+    const Grid grid{args.batch * args.heads * attention_tiles(args.queries), kAttentionThreads, ForwardLayout<D>::total};
+    return args.drop_threshold == 0 ? start(&attention_forward_kernel<T, D, false>, grid, launch, args, device_seed)
+                                    : start(&attention_forward_kernel<T, D, true>, grid, launch, args, device_seed);
+  });
+}
+
+}  // namespace cuda
+}  // namespace pds
