@@ -15,6 +15,7 @@ from pydiffseq.version import __version__
 # name -> one-line help. The module pydiffseq.cli.<name> is imported only when its command is called.
 COMMANDS = {
     "info": "versions, devices, compiled kernels, and what is missing with the command that mends it",
+    "convert": "turn official weights into a checkpoint that the fairseq commands read",
     "evaluate": "the papers' metrics: BLEU, ROUGE, BERTScore, and the diversity of candidates",
     "export": "make a small checkpoint for translation from a training checkpoint",
     "mbr": "choose one candidate per sentence by minimum Bayes risk",
