@@ -12,11 +12,12 @@ from pydiffseq import ops
 from pydiffseq.decoding.candidates import Piece, candidate_lengths, split_candidates
 from pydiffseq.decoding.mbr import MBR_DIRECTIONS, mbr_order
 from pydiffseq.decoding.model import DenoisingNetwork
+from pydiffseq.decoding.updates import choose_update
 from pydiffseq.diffusion import SOLVERS, StepList, uniform_steps, xy_steps
 from pydiffseq.diffusion.steps import ENDS
 from pydiffseq.nn.freeze import freeze
 
-ROUNDINGS = ("off", "every")
+ROUNDINGS = ("off", "every", "from", "until")
 FINALS = ("x0_hat", "state")
 
 
@@ -29,7 +30,13 @@ class DecodeOptions:
         solver: a key of :data:`pydiffseq.diffusion.SOLVERS`.
         length_beam: how many of the likeliest lengths to try (1 with the ``pad`` policy).
         noise_beam: candidates per length, which differ in their noise.
-        rounding: ``every`` replaces each x0_hat by its nearest embedding (as published), ``off`` keeps it.
+        rounding: ``every`` replaces each x0_hat by its nearest embedding (as published), ``off`` keeps it, ``from``
+            replaces it from timestep ``rounding_step`` on, that is at and below it, ``until`` at and above it (DiffuSeq's
+            clamp).
+        rounding_step: 0..T, see ``rounding``.
+        noise_limit: truncate the noise of a step to this many standard deviations (DiffuSeq's ``top_p``); 0: do not.
+        absorb_rate: R, after each step a token becomes the absorbing vector with probability R sqrt(1 - abar)
+            (DiffuSeq-v2's ancestral sampler); 0: never. Needs a network with ``soft_absorb``.
         step_end: ``clean`` ends the step list at abar = 1; ``zero`` at timestep 0 (as published).
         final: tokens are read off the last ``x0_hat``, or off the final ``state`` (as published).
         mbr_direction: see :func:`pydiffseq.decoding.mbr.mbr_order`.
@@ -47,6 +54,9 @@ class DecodeOptions:
     length_beam: int = 1
     noise_beam: int = 1
     rounding: str = "every"
+    rounding_step: int = 0
+    noise_limit: float = 0.0
+    absorb_rate: float = 0.0
     step_end: str = "clean"
     final: str = "x0_hat"
     mbr_direction: str = "hypothesis"
@@ -63,6 +73,10 @@ class DecodeOptions:
         for name in ("steps", "length_beam", "noise_beam", "candidate_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if not 0.0 <= self.noise_limit < float("inf"):
+            raise ValueError(f"noise_limit must be a number of standard deviations, or 0 for none, got {self.noise_limit}")
+        if not 0.0 <= self.absorb_rate <= 1.0:
+            raise ValueError(f"absorb_rate must be in [0, 1], got {self.absorb_rate}")
 
 
 @dataclass
@@ -92,12 +106,19 @@ class Decoder:
         model: a network in evaluation mode. After a change of its weights make a new decoder.
 
     Raises:
-        ValueError: the model is in training mode.
+        ValueError: the model is in training mode, ``rounding_step`` is outside 0..T, or ``absorb_rate`` is given for a
+            network without an absorbing state.
     """
 
     def __init__(self, model: DenoisingNetwork, options: DecodeOptions) -> None:
         if model.training:
             raise ValueError("decoding needs a model in evaluation mode (model.eval()), got one in training mode")
+        most = model.config.diffusion_steps
+        if not 0 <= options.rounding_step <= most:
+            raise ValueError(f"rounding_step must be in 0..{most} (the diffusion steps), got {options.rounding_step}")
+        if options.absorb_rate and model.absorbing is None:
+            raise ValueError("absorb_rate needs a model with an absorbing state (DiffuSeq trained with soft_absorb), "
+                             "got one without")
         self.options = options
         self.model = cast(DenoisingNetwork, freeze(cast(torch.nn.Module, model)))
         self.table = self.model.embedding.table()
@@ -175,15 +196,31 @@ class _DenoisingRun:
         self.history: list[Tensor] = []
 
     def denoise(self, x: Tensor, t: Tensor) -> Tensor:
-        """x0_hat ``[M, N, d]`` of the state ``x`` at timesteps ``t`` ``[M]`` or ``[M, N]``, rounded if so wanted."""
+        """x0_hat ``[M, N, d]`` of the state ``x`` at timesteps ``t`` ``[M]`` or ``[M, N]``, rounded if so wanted.
+
+        The solver's states and predictions count from the absorbing vector, where there is one: noise drifts to it.
+        """
+        shift = self.model.absorbing
+        if shift is not None:
+            x = x + shift
         t = t.expand(x.shape[:2]) if t.dim() == 2 else t.view(-1, 1).expand(x.shape[:2])
         x0_hat = self.model.denoise(x, t, self.encoded, self.mask, self.x_self, self.lengths)
-        if self.options.rounding == "every":
-            x0_hat = ops.nearest(x0_hat, self.decoder.table)[1]
+        x0_hat = self._round(x0_hat, t)
         self.x_self = x0_hat
         if self.options.history:
             self.history.append(self._argmax(x0_hat))
-        return x0_hat
+        return x0_hat if shift is None else x0_hat - shift
+
+    def _round(self, x0_hat: Tensor, t: Tensor) -> Tensor:
+        """The nearest embeddings, at the timesteps where they are wanted."""
+        o = self.options
+        if o.rounding == "off":
+            return x0_hat
+        rounded = ops.nearest(x0_hat, self.decoder.table)[1]
+        if o.rounding == "every":
+            return rounded
+        wanted = t <= o.rounding_step if o.rounding == "from" else t >= o.rounding_step
+        return torch.where(wanted[..., None], rounded, x0_hat)
 
     def _steps(self) -> StepList:
         """Per-token timesteps for a network that was trained on them, else one timestep per sentence."""
@@ -203,9 +240,13 @@ class _DenoisingRun:
         seed = ops.draw_seed(o.seed)
         shape = (len(self.lengths), self.width, c.latent_dim)
         x = ops.philox_normal(shape, seed=seed, rows=self.rows, dtype=table.dtype, device=table.device)
+        steps, schedule = self._steps(), self.model.schedule
         state, x0_hat = SOLVERS[o.solver](
-            self.denoise, x, self._steps(), self.model.schedule, seed=seed, rows=self.rows)
+            self.denoise, x, steps, schedule, seed=seed, rows=self.rows,
+            update=choose_update(o.noise_limit, o.absorb_rate, steps, schedule))
         latent = x0_hat if o.final == "x0_hat" else state
+        if self.model.absorbing is not None:
+            latent = latent + self.model.absorbing
         tokens = self._argmax(latent)
         return tokens, -self.model.embedding.nll(latent, tokens)
 

@@ -24,13 +24,14 @@ class DenoisingNetwork(Protocol):
 
     ``config`` has ``pad``, ``eos``, ``bos``, ``latent_dim``, ``diffusion_steps``, ``timestep_sampler`` and
     ``anchor_scale``; ``embedding`` has ``table()``, ``likeliest(x)`` and ``nll(x, tokens)``; ``length_head`` is ``None``
-    where targets have a fixed length.
+    where targets have a fixed length. ``absorbing``: ``[d]``, what its noise drifts to, or ``None`` for 0.
     """
 
     config: Any
     schedule: NoiseSchedule
     embedding: Any
     length_head: Any
+    absorbing: Any
     training: bool
 
     def encode(self, src_tokens: Tensor) -> Any:

@@ -20,6 +20,8 @@ class DiffusionCriterionConfig(FairseqDataclass):
     nll_weight: float = field(default=1.0, metadata={"help": "weight of the token cross-entropy"})
     prior_weight: float = field(default=1.0, metadata={"help": "weight of the prior term |sqrt(abar_T) x0|^2"})
     length_weight: float = field(default=0.1, metadata={"help": "weight of the length cross-entropy"})
+    absorbing_weight: float = field(default=0.01, metadata={
+        "help": "weight of the norm of the absorbing vector (soft_absorb)"})
 
 
 @register_criterion("diffusion_seq2seq", dataclass=DiffusionCriterionConfig)
@@ -27,12 +29,15 @@ class DiffusionCriterion(FairseqCriterion):
     """Sum over target tokens of the weighted losses (spec 1.5, 2.6); the sample size is the number of target tokens.
 
     As in the official code the length loss counts once per target token. The logged numbers are means per target token
-    (the length loss: per sentence); ``mse_q0`` .. ``mse_q3`` split the squared error by quarter of the timesteps.
+    (the length loss and the absorbing vector's norm: per sentence); ``mse_q0`` .. ``mse_q3`` split the squared error by
+    quarter of the timesteps.
     """
 
-    def __init__(self, task, mse_weight: float, nll_weight: float, prior_weight: float, length_weight: float) -> None:
+    def __init__(self, task, mse_weight: float, nll_weight: float, prior_weight: float, length_weight: float,
+                 absorbing_weight: float) -> None:
         super().__init__(task)
-        self.weights = {"mse": mse_weight, "nll": nll_weight, "prior": prior_weight, "length": length_weight}
+        self.weights = {"mse": mse_weight, "nll": nll_weight, "prior": prior_weight, "length": length_weight,
+                        "absorbing": absorbing_weight}
 
     def forward(self, model, sample, reduce: bool = True) -> tuple[Tensor, int, dict[str, Tensor | int]]:
         losses: Losses = model(
@@ -70,8 +75,9 @@ class DiffusionCriterion(FairseqCriterion):
         for name in ("loss", "mse", "nll", "prior"):
             if any(name in log for log in logging_outputs):
                 metrics.log_scalar(name, total(name) / tokens, tokens, round=3)
-        if any("length" in log for log in logging_outputs):
-            metrics.log_scalar("length", total("length") / sentences, sentences, round=3)
+        for name in ("length", "absorbing"):
+            if any(name in log for log in logging_outputs):
+                metrics.log_scalar(name, total(name) / sentences, sentences, round=3)
         for i in range(BUCKETS):
             if count := total(f"tokens_q{i}"):
                 metrics.log_scalar(f"mse_q{i}", total(f"mse_q{i}") / count, count, round=3)

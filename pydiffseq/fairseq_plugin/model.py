@@ -107,6 +107,9 @@ class DiffusionFairseqModel(BaseFairseqModel):
         prefix = f"{name}." if name else ""
         net = {key: value for key, value in state_dict.items() if key.startswith(f"{prefix}net.")}
         self._check_vocabulary(net.get(f"{prefix}net.embedding.weight"))
+        if self.net.absorbing is not None and net and f"{prefix}net.absorbing" not in net:
+            raise InputError("the checkpoint was trained without --soft-absorb (DiffuSeq-v1) and has no absorbing state; "
+                             "leave that option out, or train from the start")
         averaged = any(key.startswith(f"{prefix}ema.") for key in state_dict)
         if self.ema is None:
             for key in [key for key in state_dict if key.startswith(f"{prefix}ema.")]:

@@ -38,7 +38,16 @@ class DiffusionSeq2SeqConfig(TranslationConfig):
         "help": "how many of the likeliest lengths to try (length_policy=predict)"})
     noise_beam: int = field(default=DEFAULTS.noise_beam, metadata={"help": "candidates per length"})
     rounding: ChoiceEnum(ROUNDINGS) = field(  # type: ignore[valid-type]
-        default=DEFAULTS.rounding, metadata={"help": "round every x0_hat to its nearest embedding (published: every)"})
+        default=DEFAULTS.rounding, metadata={
+            "help": "replace x0_hat by its nearest embeddings at every step (published), off, from --rounding-step on (at "
+                    "and below that timestep), or until it"})
+    rounding_step: int = field(default=DEFAULTS.rounding_step, metadata={
+        "help": "timestep for --rounding from and until, 0 .. the diffusion steps"})
+    noise_limit: float = field(default=DEFAULTS.noise_limit, metadata={
+        "help": "truncate each step's noise to this many standard deviations (DiffuSeq's top_p); 0: do not"})
+    absorb_rate: float = field(default=DEFAULTS.absorb_rate, metadata={
+        "help": "R: after each step a token becomes the absorbing vector with probability R sqrt(1 - abar) "
+                "(DiffuSeq-v2, with --solver ancestral); 0: never"})
     step_end: ChoiceEnum(ENDS) = field(  # type: ignore[valid-type]
         default=DEFAULTS.step_end, metadata={
             "help": "end the step list at the clean state or at timestep 0 (zero, as published)"})
@@ -128,7 +137,8 @@ class DiffusionSeq2SeqTask(TranslationTask):
         with input_errors():
             options = DecodeOptions(
                 steps=value("decode_steps"), solver=str(value("solver")), length_beam=value("length_beam"),
-                noise_beam=value("noise_beam"), rounding=str(value("rounding")), step_end=str(value("step_end")),
+                noise_beam=value("noise_beam"), rounding=str(value("rounding")), rounding_step=value("rounding_step"),
+                noise_limit=value("noise_limit"), absorb_rate=value("absorb_rate"), step_end=str(value("step_end")),
                 final=str(value("final")), mbr_direction=str(value("mbr_direction")),
                 candidate_tokens=value("candidate_tokens"), seed=value("decode_seed"),
                 history=bool(getattr(args, "retain_iter_history", False)))

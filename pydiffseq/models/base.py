@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from pydiffseq import ops
 from pydiffseq.diffusion import make_schedule, make_timestep_sampler
+from pydiffseq.diffusion.noise import to_uniform
 from pydiffseq.models.config import ModelConfig
 from pydiffseq.models.losses import Losses
 from pydiffseq.models.sampler_state import SamplerState
@@ -38,10 +38,12 @@ class DiffusionModel(nn.Module):
 
     config: ModelConfig
     length_head: LengthHead | None
+    absorbing: nn.Parameter | None   # [d]: what noise drifts to (DiffuSeq-v2); None: 0
 
     def __init__(self, config: ModelConfig, *, distance_logits: bool = False) -> None:
         super().__init__()
         self.config = c = config
+        self.register_parameter("absorbing", None)
         self.schedule = make_schedule(c.noise_schedule, c.diffusion_steps)
         self.sigma0, self.abar_end = float(self.schedule.sigma[0]), float(self.schedule.abar[-1])
         self.sampler = make_timestep_sampler(c.timestep_sampler, c.diffusion_steps, c.anchor_scale)
@@ -115,5 +117,13 @@ def tell_sampler(state: SamplerState, losses: Losses, weights: Tensor) -> None:
 
 def sentence_uniform(seed: int | Tensor, rows: Tensor) -> Tensor:
     """One uniform number per sentence in [0, 1), float32 ``[B]``: a function of the seed and the sentence's id."""
-    normal = ops.philox_normal((len(rows), 1, 1), seed=seed, rows=rows, device=rows.device).flatten()
-    return (0.5 * torch.erfc(-normal / math.sqrt(2.0))).clamp(0.0, 1.0 - 2.0**-24)
+    return to_uniform(ops.philox_normal((len(rows), 1, 1), seed=seed, rows=rows, device=rows.device).flatten())
+
+
+def token_uniform(seed: int | Tensor | None, rows: Tensor, width: int, step: int) -> Tensor:
+    """One uniform number per token in [0, 1), float32 ``[B, width]``; ``step`` as in :func:`pydiffseq.ops.philox_normal`.
+
+    The stream is that of the noise a sampler starts from and of :func:`sentence_uniform`, which have step 0.
+    """
+    shape = (len(rows), width, 1)
+    return to_uniform(ops.philox_normal(shape, seed=seed, step=step, rows=rows, device=rows.device))[..., 0]

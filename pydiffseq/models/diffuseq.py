@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pydiffseq import ops
-from pydiffseq.models.base import DiffusionModel, projection
+from pydiffseq.models.base import DiffusionModel, projection, token_uniform
 from pydiffseq.models.diffuseq_config import DiffuSeqConfig
 from pydiffseq.models.losses import Losses
 from pydiffseq.models.sequence import Part, framed, splice, splice_index, trimmed_lengths, words_of
@@ -68,6 +68,8 @@ class DiffuSeq(DiffusionModel):
         self.final_norm = nn.LayerNorm(hidden, LN_EPS) if c.encoder_pre_norm else None
         self.length_head = (LengthHead(hidden, c.sequence_length, c.length_feature, relative=c.length_relative)
                             if c.length_policy == "predict" else None)
+        if c.soft_absorb:
+            self.absorbing = nn.Parameter(torch.randn(c.latent_dim) * c.latent_dim ** -0.5)
 
     # --- the network ---
 
@@ -233,6 +235,9 @@ class DiffuSeq(DiffusionModel):
             noisy = noisy._replace(x0=torch.where(batch.noised[..., None], noisy.x0, noisy.clean),
                                    x_t=torch.where(batch.noised[..., None], noisy.x_t, noisy.clean))
 
+        if self.absorbing is not None:
+            noisy = noisy._replace(x_t=self._absorb(noisy.x_t, timesteps, batch.noised, self.absorbing, seed, rows))
+
         def denoise(x_self: Tensor | None) -> Tensor:
             return self.output_down(
                 self.states(noisy.x_t, timesteps, batch.noised, batch.real, x_self, batch.lengths))
@@ -241,7 +246,23 @@ class DiffuSeq(DiffusionModel):
         if self.length_head is not None:
             losses.per_sentence["length"] = nn.functional.cross_entropy(
                 self.length_logits(self._prompt(batch.source)), batch.lengths, reduction="none")
+        if self.absorbing is not None:
+            losses.per_sentence["absorbing"] = self.absorbing.float().norm().expand(len(target))
         return losses
+
+    def _absorb(self, x_t: Tensor, timesteps: Tensor, noised: Tensor, absorbing: Tensor, seed: Tensor,
+                rows: Tensor) -> Tensor:
+        """DiffuSeq-v2's noise of the target part (spec 1.11): drift to the absorbing vector, and tokens that are there.
+
+        ``sqrt(abar) (x0 - m) + sqrt(1 - abar) eps + m``, and then m alone with probability
+        ``discrete_noise sqrt(1 - abar)``.
+        """
+        signal, sigma = self.schedule.signal[timesteps], self.schedule.sigma[timesteps]
+        x_t = x_t + ((1 - signal) * noised)[..., None].to(x_t.dtype) * absorbing
+        if not self.config.discrete_noise:
+            return x_t
+        gone = noised & (token_uniform(seed, rows, noised.size(1), step=1) < self.config.discrete_noise * sigma)
+        return torch.where(gone[..., None], absorbing, x_t)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

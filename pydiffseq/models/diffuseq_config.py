@@ -24,6 +24,9 @@ class DiffuSeqConfig(ModelConfig):
                                        "with noise, which decoding never has)")
     logits: str = option("dot", "token scores: dot product with the embedding plus a bias (published), or minus the "
                                 "distance to the embedding")
+    soft_absorb: bool = option(False, "noise drifts to a learned vector, the soft absorbing state (DiffuSeq-v2)")
+    discrete_noise: float = option(0.0, "R: replace target tokens by the absorbing vector with probability "
+                                        "R sqrt(1 - abar_t) while training (DiffuSeq-v2: 0.2, QQP 0.5); needs soft_absorb")
     latent_dim: int = changed(ModelConfig, "latent_dim", 128)
     time_dim: int = changed(ModelConfig, "time_dim", 128)
     hidden_dim: int = changed(ModelConfig, "hidden_dim", 768)
@@ -41,6 +44,11 @@ class DiffuSeqConfig(ModelConfig):
         if self.positions < self.sequence_length:
             raise ValueError("positions must be at least sequence_length, "
                              f"got {self.positions} and {self.sequence_length}")
+
+        if not 0.0 <= self.discrete_noise <= 1.0:
+            raise ValueError(f"discrete_noise must be in [0, 1], got {self.discrete_noise}")
+        if self.discrete_noise and not self.soft_absorb:
+            raise ValueError(f"discrete_noise needs soft_absorb, got discrete_noise {self.discrete_noise} without it")
 
     @property
     def joined_dictionary(self) -> bool:

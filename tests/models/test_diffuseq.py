@@ -20,6 +20,7 @@ PLUS = {
     "embedding_norm": True, "clean_x0": True, "ce_on": "pred", "label_smoothing": 0.1, "encoder_pre_norm": True,
     "loss_scope": "target", "timestep_sampler": "uniform"}
 RECIPES = {"published": {}, "predict": {"length_policy": "predict"}, "distance": {"logits": "distance"}, "plus": PLUS,
+           "v2": {"soft_absorb": True, "discrete_noise": 0.5},
            "token times": PLUS | {"timestep_sampler": "xy_uniform"}}
 SOURCE = torch.tensor([[5, 6, 7, 8, 2], [4, 11, 2, 1, 1], [12, 2, 1, 1, 1]])
 TARGET = torch.tensor([[4, 5, 22, 7, 8, 2], [9, 10, 2, 1, 1, 1], [12, 2, 1, 1, 1, 1]])
@@ -177,6 +178,35 @@ def test_only_the_target_part_is_noised(monkeypatch):
         assert (seen["timesteps"] == seen["timesteps"][:, :1]).all()
 
 
+@torch.no_grad()
+def test_noise_drifts_to_the_absorbing_vector(monkeypatch):
+    """DiffuSeq-v2: x_t = sqrt(abar) (x0 - m) + sqrt(1 - abar) eps + m on the target, m alone for a share of its tokens."""
+    seen = {}
+    original = DiffuSeq.states
+
+    def spy(self, x, timesteps, noised, *rest):
+        seen.update(x=x, timesteps=timesteps, noised=noised)
+        return original(self, x, timesteps, noised, *rest)
+
+    monkeypatch.setattr(DiffuSeq, "states", spy)
+    tiny()(SOURCE, TARGET, IDS, seed=1)
+    plain = seen["x"]
+    model = tiny(soft_absorb=True)
+    losses = model(SOURCE, TARGET, IDS, seed=1)
+    m, signal = model.absorbing, model.schedule.signal[seen["timesteps"]][..., None]
+    torch.testing.assert_close(seen["x"], torch.where(seen["noised"][..., None], plain + (1 - signal) * m, plain))
+    torch.testing.assert_close(losses.per_sentence["absorbing"], m.norm().expand(3))
+    drifted, share = seen["x"], []
+    for rate in (0.3, 1.0):
+        many = [tensor.repeat(100, 1) for tensor in (SOURCE, TARGET)]
+        model = tiny(soft_absorb=True, discrete_noise=rate)
+        model(*many, torch.arange(300), seed=1)
+        gone, noised = (seen["x"] == model.absorbing).all(-1), seen["noised"]
+        assert not (gone & ~noised).any()
+        share.append(float(gone[noised].float().mean() / model.schedule.sigma[seen["timesteps"]][noised].mean()))
+    assert share == pytest.approx([0.3, 1.0], abs=0.05) and drifted.isfinite().all()
+
+
 @pytest.mark.parametrize("recipe", ["published", "plus"])
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_oracle_on_the_partial_noising_layout(recipe, solver, monkeypatch):
@@ -231,6 +261,8 @@ def test_distance_logits():
     ({"loss_scope": "source"}, "loss_scope must be one of all, target, nonpad, got 'source'"),
     ({"logits": "cosine"}, "logits must be one of dot, distance"), ({"sequence_length": 4}, "sequence_length must be >= 8"),
     ({"positions": 15}, "positions must be at least sequence_length, got 15 and 16"),
+    ({"discrete_noise": 0.5}, "discrete_noise needs soft_absorb"),
+    ({"discrete_noise": 1.5, "soft_absorb": True}, r"discrete_noise must be in \[0, 1\]"),
     ({"source_vocabulary": 24}, "DiffuSeq needs one joined dictionary, got 24 source and 23 target entries")])
 def test_wrong_options_are_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
