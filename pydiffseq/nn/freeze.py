@@ -66,10 +66,10 @@ class FrozenLengthHead(LengthHead):
 
     @classmethod
     def of(cls, head: LengthHead) -> FrozenLengthHead:
-        frozen = copy.copy(head)
+        frozen = cast(FrozenLengthHead, copy.copy(head))
         frozen.__class__ = cls
         frozen.packed = ops.PackedLinear(head.table.weight)
-        return cast(FrozenLengthHead, frozen)
+        return frozen
 
     def mean(self, states: Tensor, mask: Tensor) -> Tensor:
         """The mean is attention with a query of zeros, whose kernel adds the real positions alone, one after another."""

@@ -189,7 +189,7 @@ def test_too_many_steps_are_refused(changes):
 
 
 @pytest.mark.parametrize(("name", "accepted"), [
-    ("solver", "ancestral, ddim, skip, ddim_xy"), ("rounding", "off, every"), ("step_end", "zero, clean"),
+    ("solver", "ancestral, ddim, skip, ddim_xy"), ("rounding", "off, every, from, until"), ("step_end", "zero, clean"),
     ("final", "x0_hat, state"), ("mbr_direction", "hypothesis, reference")])
 def test_unknown_names_are_refused_with_the_accepted_ones(name, accepted):
     with pytest.raises(ValueError, match=f"{name} must be one of {accepted}, got 'best'"):

@@ -110,3 +110,22 @@ def test_checkpoint_of_the_other_model(data, trained, tmp_path):
     with pytest.raises(Exception, match="ensure that the architectures match") as error:
         train_diffuseq(data, tmp_path, "--restore-file", trained)
     assert isinstance(error.value.__context__, InputError) and len(str(error.value.__context__)) < 400
+
+
+def test_second_version(data, tmp_path, checkpoint):
+    """Soft absorbing state and discrete noise train, resume and decode; the first version has no absorbing state."""
+    words = ["--soft-absorb", "--discrete-noise", 0.5, "--disable-validation", "--ema-rate", 0.9]
+    run = train_diffuseq(data, tmp_path, *words, "--max-update", 2)
+    assert 0 < run.stats("train_inner")[-1]["absorbing"] < 2   # the norm: it starts at about 1
+    train_diffuseq(data, tmp_path, *words, "--max-update", 3)
+    second = tmp_path / "checkpoint_last.pt"
+    sampling = ["--solver", "ancestral", "--decode-steps", 3, "--absorb-rate", 0.5]
+    run = generate(data, second, *sampling, "--noise-limit", 2, "--rounding", "from", "--rounding-step", 500)
+    assert sorted(run.lines("D")) == list(range(12))
+    with pytest.raises(InputError, match="absorb_rate needs a model with an absorbing state"):
+        generate(data, checkpoint, *sampling)
+    with pytest.raises(InputError, match="rounding_step must be in 0..2000"):
+        generate(data, second, "--rounding", "until", "--rounding-step", 2001)
+    with pytest.raises(Exception, match="architectures match") as error:
+        train_diffuseq(data, tmp_path / "again", *words, "--restore-file", checkpoint)
+    assert "trained without --soft-absorb" in str(error.value.__context__)
