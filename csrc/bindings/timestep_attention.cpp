@@ -28,6 +28,7 @@ void bind_timestep_attention(py::module_& m) {
           py::gil_scoped_release release;
           cpu::timestep_attention_forward(a);
         });
+  // grads as in set_gradients, then the elements between tokens in the gradients of q, and of k and v
   m.def("timestep_attention_backward",
         [](const py::tuple& sizes, bool bf16, float scale, const py::tuple& inputs, Address timesteps, Address u, Address w,
            Address key_mask, int64_t table_rows, uint64_t seed, uint32_t drop_threshold, Address lse,
@@ -37,6 +38,8 @@ void bind_timestep_attention(py::module_& m) {
               common_args(sizes, bf16, scale, inputs, timesteps, u, w, key_mask, table_rows, seed, drop_threshold, lse);
           a.grad_out = head_tensor(grad_out);
           set_gradients(a, grads);
+          a.grad_q_token = grads[8].cast<int64_t>();
+          a.grad_k_token = grads[9].cast<int64_t>();
           check_timesteps(a);
           py::gil_scoped_release release;
           cpu::timestep_attention_backward(a);

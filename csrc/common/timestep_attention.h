@@ -27,9 +27,11 @@ struct TimestepAttentionArgs {
   void* out;                    // [batch, queries, heads, dim]; forward only
   float* lse;                   // [batch, heads, queries]: log of the sum of exp(score); written by forward
 
-  // Backward only. Gradients are contiguous; those of u and w come per sentence, for the caller to add up.
+  // Backward only. Gradients are contiguous, but on the CPU the rows of q's, and those of k's and v's, may lie further apart
+  // (in the gradient of a fused projection); those of u and w come per sentence, for the caller to add up.
   HeadTensor grad_out;
   void *grad_q, *grad_k, *grad_v;
+  int64_t grad_q_token, grad_k_token;   // elements from one token to the next
   void* grad_tau;               // [batch, keys, heads, dim], or null
   float* grad_tau_rows;         // for a table: the same as float, scattered into grad_table afterwards
   float* grad_table;            // [table_rows, heads, dim]

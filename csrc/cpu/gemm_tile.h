@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <utility>
 
+#include "cpu/prefetch.h"
 #include "cpu/simd.h"
 
 namespace pds {
@@ -28,16 +29,24 @@ struct TileShape {
   bool accumulate;
 };
 
-// C[kRows][kColumns vectors] (+)= sum over k of A(i, k) B(k, :). A(i, k) is a[i * lda + k], or a[k * lda + i] if kTransposed.
+// C[kRows][kColumns vectors] (+)= sum over k of A(i, k) B(k, :). A(i, k) is a[i * lda + k], or a[k * lda + i] if
+// kTransposed. Each step of k fetches a line ahead.
 template <bool kTransposed, int kRows, int kColumns>
-void multiply_tile(const TileShape& s, const float* a, const float* b, float* c) {
+void multiply_tile(const TileShape& s, const float* a, const float* b, float* c, Prefetch::Walk ahead) {
   vfloat sum[kRows][kColumns];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
     for (int n = 0; n < kColumns; ++n) sum[i][n] = s.accumulate ? load(c + i * s.ldc + n * kWidth) : vfloat{};
   const int64_t row = kTransposed ? 1 : s.lda, step = kTransposed ? s.lda : 1;
+  int64_t left_in_row = ahead.per_row;
   for (int64_t k = 0; k < s.depth; ++k, a += step, b += s.ldb) {
+    __builtin_prefetch(ahead.at);
+    ahead.at += kLine;
+    if (--left_in_row == 0) {
+      ahead.at += ahead.jump;
+      left_in_row = ahead.per_row;
+    }
     vfloat right[kColumns];
 #pragma GCC unroll 4
     for (int n = 0; n < kColumns; ++n) right[n] = load(b + n * kWidth);
@@ -54,7 +63,7 @@ void multiply_tile(const TileShape& s, const float* a, const float* b, float* c)
     for (int n = 0; n < kColumns; ++n) store(c + i * s.ldc + n * kWidth, sum[i][n]);
 }
 
-using TileFunction = void (*)(const TileShape&, const float*, const float*, float*);
+using TileFunction = void (*)(const TileShape&, const float*, const float*, float*, Prefetch::Walk);
 
 template <bool kTransposed, int kColumns, int... kHeights>
 constexpr std::array<TileFunction, kTallest> tile_heights(std::integer_sequence<int, kHeights...>) {
@@ -70,7 +79,7 @@ constexpr std::array<std::array<TileFunction, kTallest>, kMaxColumns> tile_table
 
 // C[rows][columns] (+)= A B with `columns` a multiple of kWidth; see multiply_tile for A. Sums run in the order of k.
 template <bool kTransposed>
-void multiply(int64_t rows, int64_t columns, TileShape shape, const float* a, const float* b, float* c) {
+void multiply(int64_t rows, int64_t columns, TileShape shape, const float* a, const float* b, float* c, Prefetch& ahead) {
   static constexpr auto table = tile_table<kTransposed>(std::make_integer_sequence<int, kMaxColumns>{});
   const int64_t depth = shape.depth, first = shape.accumulate;
   for (int64_t k0 = 0; k0 < depth; k0 += kDepthBlock) {
@@ -82,7 +91,8 @@ void multiply(int64_t rows, int64_t columns, TileShape shape, const float* a, co
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t i0 = rows * t / tiles, height = rows * (t + 1) / tiles - i0;
         const float* left = kTransposed ? a + k0 * shape.lda + i0 : a + i0 * shape.lda + k0;
-        table[wide - 1][height - 1](shape, left, b + k0 * shape.ldb + n0, c + i0 * shape.ldc + n0);
+        table[wide - 1][height - 1](shape, left, b + k0 * shape.ldb + n0, c + i0 * shape.ldc + n0,
+                                    ahead.take(shape.depth, left));
       }
       n0 += static_cast<int64_t>(wide) * kWidth;
     }

@@ -55,9 +55,8 @@ PDS_INLINE float max(vfloat x) {
   return best;
 }
 
-// exp(x) to about 2 ulp for x <= 88 (clamped below at -87.3, where it is about 1e-38). Cephes polynomial.
-PDS_INLINE vfloat vexp(vfloat x) {
-  x = vmin(vmax(x, splat(-87.3f)), splat(88.f));
+// exp(x) for x <= 0, to about 2 ulp; 0 below -87.3 (so also for -inf), NaN for NaN. Cephes polynomial.
+PDS_INLINE vfloat exp_of_nonpositive(vfloat x) {
   const vfloat magic = splat(12582912.f);   // 1.5 * 2^23: adding it rounds to the nearest integer
   const vfloat shifted = x * splat(1.44269504f) + magic;
   const vfloat n = shifted - magic;
@@ -70,8 +69,8 @@ PDS_INLINE vfloat vexp(vfloat x) {
   p = p * r + splat(1.6666665459e-1f);
   p = p * r + splat(5.0000001201e-1f);
   p = p * r * r + r + splat(1.f);
-  const vint exponent = (as_int(shifted) - splat(int32_t{0x4B400000}) + splat(int32_t{127})) << 23;
-  return p * as_float(exponent);
+  const vfloat y = as_float(as_int(p) + (as_int(shifted) << 23));   // multiplies by 2^n: magic's low bits shift out
+  return select(x < splat(-87.3f), vfloat{}, y);
 }
 
 // bfloat16 <-> float32, round to nearest even; NaN stays NaN.

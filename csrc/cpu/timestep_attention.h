@@ -78,24 +78,6 @@ PDS_INLINE float add_lanes(vfloat x) {
 #endif
 }
 
-// exp(x) for x <= 0, to about 2 ulp; 0 below -87.3 (so also for -inf), NaN for NaN.
-PDS_INLINE vfloat exp_of_nonpositive(vfloat x) {
-  const vfloat magic = splat(12582912.f);   // 1.5 * 2^23: adding it rounds to the nearest integer
-  const vfloat shifted = x * splat(1.44269504f) + magic;
-  const vfloat n = shifted - magic;
-  vfloat r = x - n * splat(0.693359375f);
-  r = r + n * splat(2.12194440e-4f);
-  vfloat p = splat(1.9875691500e-4f);
-  p = p * r + splat(1.3981999507e-3f);
-  p = p * r + splat(8.3334519073e-3f);
-  p = p * r + splat(4.1665795894e-2f);
-  p = p * r + splat(1.6666665459e-1f);
-  p = p * r + splat(5.0000001201e-1f);
-  p = p * r * r + r + splat(1.f);
-  const vfloat y = as_float(as_int(p) + (as_int(shifted) << 23));   // multiplies by 2^n: magic's low bits shift out
-  return select(x < splat(-87.3f), vfloat{}, y);
-}
-
 template <typename T>
 const T* row_of(const HeadTensor& t, int64_t b, int64_t token, int64_t h) {
   return static_cast<const T*>(t.data) + b * t.batch + token * t.token + h * t.head;
@@ -105,6 +87,24 @@ const T* row_of(const HeadTensor& t, int64_t b, int64_t token, int64_t h) {
 template <typename T>
 const T* tau_row(const TimestepAttentionArgs& a, int64_t b, int64_t j, int64_t h) {
   return a.timesteps ? row_of<T>(a.tau, 0, a.timesteps[b * a.keys + j], h) : row_of<T>(a.tau, b, j, h);
+}
+
+// A tensor [batch, tokens, heads, dim], contiguous within a token.
+inline HeadTensor tokens_apart(const TimestepAttentionArgs& a, const void* data, int64_t tokens, int64_t apart) {
+  return {data, tokens * apart, apart, a.dim};
+}
+
+// Rows i0 .. i0+n-1 of one head, to be fetched ahead.
+template <typename T>
+void fetch_rows(Prefetch& ahead, const HeadTensor& t, int64_t b, int64_t h, int64_t i0, int64_t n, int64_t dim) {
+  if (t.data) ahead.add(row_of<T>(t, b, i0, h), t.token * sizeof(T), n, dim * sizeof(T));
+}
+
+template <typename T>
+void fetch_keys(Prefetch& ahead, const TimestepAttentionArgs& a, int64_t b, int64_t h) {
+  fetch_rows<T>(ahead, a.k, b, h, 0, a.keys, a.dim);
+  if (!a.timesteps) fetch_rows<T>(ahead, a.tau, b, h, 0, a.keys, a.dim);
+  fetch_rows<T>(ahead, a.v, b, h, 0, a.keys, a.dim);
 }
 
 template <typename T>

@@ -12,6 +12,7 @@ namespace {
 
 struct Workspace {
   Keys keys;
+  Prefetch ahead;
   float *rows, *columns, *grad_rows, *grad_columns, *probabilities, *dropped, *grad_scores, *grad_queries;
   float *grad_key, *grad_value, *key_sums;   // [keys][padded] twice, [keys][kWidth]
   float *grad_u, *grad_w;                    // [padded]
@@ -74,10 +75,29 @@ void softmax_backward(const TimestepAttentionArgs& a, Workspace& ws, int64_t lan
 template <typename T>
 void write_query_grads(const TimestepAttentionArgs& a, const Sizes& s, int64_t b, int64_t h, int64_t i0, int64_t n,
                        const float* rows) {
-  T* out = static_cast<T*>(a.grad_q) + ((b * a.queries + i0) * a.heads + h) * a.dim;
-  for (int64_t i = 0; i < n; ++i, out += a.heads * a.dim)
+  T* out = static_cast<T*>(a.grad_q) + (b * a.queries + i0) * a.grad_q_token + h * a.dim;
+  for (int64_t i = 0; i < n; ++i, out += a.grad_q_token)
     for (int64_t d = 0; d < s.dim; d += kWidth)
       write(out + d, rows ? load(rows + i * s.padded + d) : vfloat{}, s.dim - d);
+}
+
+// What the next block reads and writes, of this head or (after the gradients of the keys) the one after it.
+template <typename T>
+void plan_fetches(const TimestepAttentionArgs& a, Prefetch& ahead, int64_t b, int64_t h, int64_t i0) {
+  ahead.clear();
+  i0 += kQueryBlock;
+  if (i0 >= a.queries) {
+    for (const void* grad : {a.grad_k, a.grad_v})
+      fetch_rows<T>(ahead, tokens_apart(a, grad, a.keys, a.grad_k_token), b, h, 0, a.keys, a.dim);
+    fetch_rows<T>(ahead, tokens_apart(a, a.grad_tau, a.keys, a.heads * a.dim), b, h, 0, a.keys, a.dim);
+    if (++h == a.heads) h = 0, ++b;
+    if (b == a.batch) return;
+    i0 = 0;
+    fetch_keys<T>(ahead, a, b, h);
+  }
+  const int64_t n = std::min(kQueryBlock, a.queries - i0);
+  for (const HeadTensor& t : {a.q, a.grad_out, tokens_apart(a, a.grad_q, a.queries, a.grad_q_token)})
+    fetch_rows<T>(ahead, t, b, h, i0, n, a.dim);
 }
 
 template <typename T>
@@ -85,6 +105,7 @@ void differentiate_block(const TimestepAttentionArgs& a, const Sizes& s, Workspa
                          bool accumulate) {
   const int64_t n = std::min(kQueryBlock, a.queries - i0), lanes = align_up(n, kWidth), count = ws.keys.count;
   if (count == 0) return write_query_grads<T>(a, s, b, h, i0, n, nullptr);
+  plan_fetches<T>(a, ws.ahead, b, h, i0);
   gather_rows<T>(a.q, s, b, h, i0, n, lanes, ws.rows);
   transpose_queries(s, ws.rows, lanes, a.scale, ws.columns);
   gather_rows<T>(a.grad_out, s, b, h, i0, n, lanes, ws.grad_rows);
@@ -93,14 +114,17 @@ void differentiate_block(const TimestepAttentionArgs& a, const Sizes& s, Workspa
   std::fill_n(lse, kQueryBlock, std::numeric_limits<float>::infinity());   // probability 0 in the padding lanes
   std::copy_n(a.lse + (b * a.heads + h) * a.queries + i0, n, lse);
 
-  multiply<false>(count, lanes, {s.dim + s.bias, s.key_ld, lanes, lanes, false}, ws.keys.sum, ws.columns, ws.probabilities);
-  multiply<false>(count, lanes, {s.dim, s.padded, lanes, lanes, false}, ws.keys.value, ws.grad_columns, ws.grad_scores);
+  multiply<false>(count, lanes, {s.dim + s.bias, s.key_ld, lanes, lanes, false}, ws.keys.sum, ws.columns,
+                  ws.probabilities, ws.ahead);
+  multiply<false>(count, lanes, {s.dim, s.padded, lanes, lanes, false}, ws.keys.value, ws.grad_columns,
+                  ws.grad_scores, ws.ahead);
   const auto run = a.drop_threshold ? &softmax_backward<true> : &softmax_backward<false>;
   run(a, ws, lanes, b * a.heads + h, i0, lse);
   const TileShape to_keys{n, lanes, s.padded, s.padded, accumulate};
-  multiply<false>(count, s.padded, to_keys, ws.dropped, ws.grad_rows, ws.grad_value);
-  multiply<false>(count, s.padded, to_keys, ws.grad_scores, ws.rows, ws.grad_key);
-  multiply<true>(n, s.padded, {count, lanes, s.key_ld, s.padded, false}, ws.grad_scores, ws.keys.sum, ws.grad_queries);
+  multiply<false>(count, s.padded, to_keys, ws.dropped, ws.grad_rows, ws.grad_value, ws.ahead);
+  multiply<false>(count, s.padded, to_keys, ws.grad_scores, ws.rows, ws.grad_key, ws.ahead);
+  multiply<true>(n, s.padded, {count, lanes, s.key_ld, s.padded, false}, ws.grad_scores, ws.keys.sum,
+                 ws.grad_queries, ws.ahead);
   write_query_grads<T>(a, s, b, h, i0, n, ws.grad_queries);
 }
 
@@ -108,14 +132,14 @@ void differentiate_block(const TimestepAttentionArgs& a, const Sizes& s, Workspa
 template <typename T>
 void write_key_grads(const TimestepAttentionArgs& a, const Sizes& s, const Workspace& ws, int64_t b, int64_t j, int64_t h,
                      int64_t at, float sum) {
-  const int64_t out = ((b * a.keys + j) * a.heads + h) * a.dim;
+  const int64_t out = ((b * a.keys + j) * a.heads + h) * a.dim, out_kv = (b * a.keys + j) * a.grad_k_token + h * a.dim;
   const T *u = head_row<T>(a.u, h, a.dim), *w = head_row<T>(a.w, h, a.dim);
   for (int64_t d = 0; d < s.dim; d += kWidth) {
     const int64_t left = s.dim - d;
     const vfloat key = at < 0 ? vfloat{} : load(ws.grad_key + at * s.padded + d);
     const vfloat value = at < 0 ? vfloat{} : load(ws.grad_value + at * s.padded + d);
-    write(static_cast<T*>(a.grad_v) + out + d, value, left);
-    write(static_cast<T*>(a.grad_k) + out + d, u ? key + splat(sum) * read(u + d, left) : key, left);
+    write(static_cast<T*>(a.grad_v) + out_kv + d, value, left);
+    write(static_cast<T*>(a.grad_k) + out_kv + d, u ? key + splat(sum) * read(u + d, left) : key, left);
     if (!a.grad_tau && !a.grad_tau_rows) continue;
     const vfloat time = w ? key + splat(sum) * read(w + d, left) : key;
     if (a.grad_tau_rows) write(a.grad_tau_rows + out + d, time, left);

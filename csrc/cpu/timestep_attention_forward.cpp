@@ -9,6 +9,7 @@ namespace {
 
 struct Workspace {
   Keys keys;
+  Prefetch ahead;
   float *rows, *columns, *scores, *out;
 
   Workspace(const TimestepAttentionArgs& a, const Sizes& s) {
@@ -60,6 +61,22 @@ void write_rows(const TimestepAttentionArgs& a, const Sizes& s, int64_t b, int64
   }
 }
 
+// What the next block reads and writes, of this head or the one after it.
+template <typename T>
+void plan_fetches(const TimestepAttentionArgs& a, Prefetch& ahead, int64_t b, int64_t h, int64_t i0) {
+  ahead.clear();
+  i0 += kQueryBlock;
+  if (i0 >= a.queries) {
+    if (++h == a.heads) h = 0, ++b;
+    if (b == a.batch) return;
+    i0 = 0;
+    fetch_keys<T>(ahead, a, b, h);
+  }
+  const int64_t n = std::min(kQueryBlock, a.queries - i0);
+  fetch_rows<T>(ahead, a.q, b, h, i0, n, a.dim);
+  fetch_rows<T>(ahead, tokens_apart(a, a.out, a.queries, a.heads * a.dim), b, h, i0, n, a.dim);
+}
+
 template <typename T>
 void attend_block(const TimestepAttentionArgs& a, const Sizes& s, Workspace& ws, int64_t b, int64_t h, int64_t i0) {
   const int64_t n = std::min(kQueryBlock, a.queries - i0), lanes = align_up(n, kWidth);
@@ -69,13 +86,15 @@ void attend_block(const TimestepAttentionArgs& a, const Sizes& s, Workspace& ws,
     std::fill_n(lse_out, n, -std::numeric_limits<float>::infinity());
     return write_rows<T>(a, s, b, h, i0, n, nullptr, nullptr);
   }
+  plan_fetches<T>(a, ws.ahead, b, h, i0);
   gather_rows<T>(a.q, s, b, h, i0, n, lanes, ws.rows);
   transpose_queries(s, ws.rows, lanes, a.scale, ws.columns);
-  multiply<false>(keys.count, lanes, {s.dim + s.bias, s.key_ld, lanes, lanes, false}, keys.sum, ws.columns, ws.scores);
+  multiply<false>(keys.count, lanes, {s.dim + s.bias, s.key_ld, lanes, lanes, false}, keys.sum, ws.columns, ws.scores,
+                  ws.ahead);
   alignas(64) float inverse[kQueryBlock];
   const auto run = a.drop_threshold ? &softmax<true> : &softmax<false>;
   run(a, keys, n, b * a.heads + h, i0, ws.scores, inverse, lse_out);
-  multiply<true>(n, s.padded, {keys.count, lanes, s.padded, s.padded, false}, ws.scores, keys.value, ws.out);
+  multiply<true>(n, s.padded, {keys.count, lanes, s.padded, s.padded, false}, ws.scores, keys.value, ws.out, ws.ahead);
   write_rows<T>(a, s, b, h, i0, n, ws.out, inverse);
 }
 

@@ -30,6 +30,7 @@ KERNELS = {
     "linear_cross_entropy": "cross_entropy_forward",
     "timestep_attention": "timestep_attention_forward",
     "rotary_timestep_attention": "timestep_attention_forward",
+    "timestep_self_attention": "timestep_attention_forward",
 }
 # Import name -> (distributions that provide it, what it is for); the first distribution is the one to install.
 REQUIRED = {

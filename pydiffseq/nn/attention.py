@@ -55,20 +55,20 @@ class SelfAttention(nn.Module):
         ``mask``: bool ``[B, N]``, True = real position. ``time``: the block's time projection, which both injections
         need: ``[B, N, H]``, or a table ``[T, H]`` that int64 ``timesteps`` ``[B, N]`` index.
         """
-        q, k, v = split_heads(self.qkv(x), 3, self.heads)
+        qkv = self.qkv(x).view(*x.shape[:2], 3, self.heads, -1)
         dropout_p = self.attention_dropout if self.training else 0.0
         tau = None if time is None else time.view(*time.shape[:-1], self.heads, -1)
         if self.injection is None:
-            attended = ops.timestep_attention(q, k, v, key_mask=mask, dropout_p=dropout_p)
+            attended = ops.timestep_self_attention(qkv, key_mask=mask, dropout_p=dropout_p)
         elif tau is None:
             raise ValueError(f"self-attention with the {self.injection} injection needs the time projection, got None")
         elif self.injection == "rotary":
             rotation = tau if timesteps is None else tau[timesteps]
+            q, k, v = qkv.unbind(2)
             attended = ops.rotary_timestep_attention(q, k, v, rotation, key_mask=mask, dropout_p=dropout_p)
         else:
-            attended = ops.timestep_attention(
-                q, k, v, tau, self.content_bias, self.time_bias, timesteps=timesteps, key_mask=mask,
-                dropout_p=dropout_p)
+            attended = ops.timestep_self_attention(
+                qkv, tau, self.content_bias, self.time_bias, timesteps=timesteps, key_mask=mask, dropout_p=dropout_p)
         return self.out(attended.flatten(2), residual, self.dropout)
 
 

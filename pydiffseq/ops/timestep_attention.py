@@ -45,8 +45,8 @@ def timestep_attention(q: Tensor, k: Tensor, v: Tensor, tau: Tensor | None = Non
         ValueError: shapes do not fit, a timestep is outside the table, w comes without tau, or devices differ.
     """
     q, k, v, tau, u, w = autocast(q, k, v, tau, u, w)
-    _check(q, k, v, tau, u, w, timesteps, key_mask)
-    key = _dropout_key(dropout_p, seed)
+    check_arguments(q, k, v, tau, u, w, timesteps, key_mask)
+    key = dropout_key(dropout_p, seed)
     if scale is None:
         scale = q.shape[3] ** -0.5
     return torch.ops.pydiffseq.timestep_attention.default(
@@ -86,7 +86,7 @@ def rotary_timestep_attention(q: Tensor, k: Tensor, v: Tensor, rotation: Tensor,
     return timestep_attention(q, k, v, key_mask=key_mask, dropout_p=dropout_p, seed=seed, scale=scale)
 
 
-def _dropout_key(dropout_p: float, seed: int | Tensor | None) -> Tensor | None:
+def dropout_key(dropout_p: float, seed: int | Tensor | None) -> Tensor | None:
     if dropout_p == 0.0:
         return None
     if not 0.0 < dropout_p < 1.0:
@@ -94,8 +94,8 @@ def _dropout_key(dropout_p: float, seed: int | Tensor | None) -> Tensor | None:
     return draw_seed(seed)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, tau: Tensor | None, u: Tensor | None, w: Tensor | None,
-           timesteps: Tensor | None, key_mask: Tensor | None) -> None:
+def check_arguments(q: Tensor, k: Tensor, v: Tensor, tau: Tensor | None, u: Tensor | None, w: Tensor | None,
+                    timesteps: Tensor | None, key_mask: Tensor | None) -> None:
     check_float("q", q)
     if q.dim() != 4:
         raise ValueError(f"q must have shape [B, Nq, H, D], got {list(q.shape)}")
@@ -176,9 +176,16 @@ def _backward_cpu(grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed, out, 
     if not use_kernel(grad_out, q, k, v, tau, u, w):
         return reference.timestep_attention_backward(
             grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed, out, lse, dropout_p, scale)
+    grads = q.new_empty(q.shape), q.new_empty(k.shape), q.new_empty(k.shape)
+    return *grads, *backward_into(
+        grads, grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed, lse, dropout_p, scale)
+
+
+def backward_into(grads, grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed, lse, dropout_p, scale):
+    """The CPU kernel: writes ``grads``, those of q, k and v (whose heads and features are contiguous), and returns those of
+    tau, u and w."""
     lse = lse.contiguous()
     arguments, _alive = _kernel_arguments(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, lse)
-    grad_q, grad_k, grad_v = q.new_empty(q.shape), q.new_empty(k.shape), q.new_empty(k.shape)
     table = tau is not None and timesteps is not None
     grad_tau = None if tau is None or table else q.new_empty(k.shape)
     grad_rows = q.new_empty(k.shape, dtype=torch.float32) if table else None
@@ -186,13 +193,13 @@ def _backward_cpu(grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed, out, 
     biases = (q.shape[0], *q.shape[2:])
     grad_u = None if u is None else q.new_empty(biases, dtype=torch.float32)
     grad_w = None if w is None else q.new_empty(biases, dtype=torch.float32)
-    grads = (grad_q, grad_k, grad_v, grad_tau, grad_rows, grad_table, grad_u, grad_w)
+    written = (*grads, grad_tau, grad_rows, grad_table, grad_u, grad_w)
     grad_out, grad_out_heads = _heads(grad_out)
-    C.timestep_attention_backward(*arguments, grad_out_heads, tuple(pointer(g) for g in grads))
+    C.timestep_attention_backward(
+        *arguments, grad_out_heads, (*(pointer(g) for g in written), grads[0].stride(1), grads[1].stride(1)))
     if table:
         grad_tau = grad_table.to(q.dtype)
-    return (grad_q, grad_k, grad_v, grad_tau, None if grad_u is None else grad_u.sum(0).to(q.dtype),
-            None if grad_w is None else grad_w.sum(0).to(q.dtype))
+    return grad_tau, *(None if g is None else g.sum(0).to(q.dtype) for g in (grad_u, grad_w))
 
 
 # --- CUDA kernels (csrc/cuda/timestep_attention_*.cu) ---
