@@ -39,13 +39,12 @@ void multiply_tile(const TileShape& s, const float* a, const float* b, float* c,
 #pragma GCC unroll 4
     for (int n = 0; n < kColumns; ++n) sum[i][n] = s.accumulate ? load(c + i * s.ldc + n * kWidth) : vfloat{};
   const int64_t row = kTransposed ? 1 : s.lda, step = kTransposed ? s.lda : 1;
-  int64_t left_in_row = ahead.per_row;
   for (int64_t k = 0; k < s.depth; ++k, a += step, b += s.ldb) {
     __builtin_prefetch(ahead.at);
     ahead.at += kLine;
-    if (--left_in_row == 0) {
+    if (--ahead.left == 0) {
       ahead.at += ahead.jump;
-      left_in_row = ahead.per_row;
+      ahead.left = ahead.per_row;
     }
     vfloat right[kColumns];
 #pragma GCC unroll 4

@@ -12,38 +12,39 @@ constexpr int64_t kLine = 64;
 
 class Prefetch {
  public:
-  // A walk over lines: `per_row` neighbouring ones, then on by `jump` to the next row.
+  // A walk over lines: `left` of this row, then on by `jump` to the next row of `per_row`.
   struct Walk {
     const char* at;
-    int64_t jump, per_row;
+    int64_t left, per_row, jump;
   };
 
   void clear() { size_ = next_ = 0; }
 
   // `rows` rows of `bytes`, `stride` bytes apart.
   void add(const void* first, int64_t stride, int64_t rows, int64_t bytes) {
-    if (first == nullptr || size_ == kMost) return;
+    if (first == nullptr || rows <= 0 || size_ == kMost) return;
     const int64_t lines = (bytes + kLine - 1) / kLine;
-    parts_[size_++] = {{static_cast<const char*>(first), stride - lines * kLine, lines}, rows};
+    parts_[size_++] = {{static_cast<const char*>(first), lines, lines, stride - lines * kLine}, rows * lines};
   }
 
-  // The next `lines` lines in whole rows. The walk may reach past the last row (which is harmless), and stands still on
-  // `idle` when nothing is left.
+  // The next `lines` lines. The walk may reach past the last row (which is harmless), and stands still on `idle` when
+  // nothing is left.
   Walk take(int64_t lines, const void* idle) {
-    if (next_ == size_) return {static_cast<const char*>(idle), -kLine, 1};
+    if (next_ == size_) return {static_cast<const char*>(idle), 1, 1, -kLine};
     Part& part = parts_[next_];
     const Walk walk = part.walk;
-    const int64_t rows = std::max<int64_t>(1, lines / walk.per_row);
-    part.walk.at += rows * (walk.jump + walk.per_row * kLine);
-    part.rows -= rows;
-    if (part.rows <= 0) ++next_;
+    const int64_t into_row = walk.per_row - walk.left + lines, rows = into_row / walk.per_row;
+    part.walk.at += lines * kLine + rows * walk.jump;
+    part.walk.left = walk.per_row - (into_row - rows * walk.per_row);
+    part.lines -= lines;
+    if (part.lines <= 0) ++next_;
     return walk;
   }
 
  private:
   struct Part {
     Walk walk;
-    int64_t rows;
+    int64_t lines;
   };
   static constexpr int kMost = 12;
   Part parts_[kMost];
