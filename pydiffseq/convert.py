@@ -1,7 +1,8 @@
 """Official weights in our modules: state dicts of the authors' public code, renamed and joined.
 
-AR-Diffusion: github.com/microsoft/ProphetNet, folder AR-diffusion; its encoder is a Hugging Face ``BertModel``. The
-tables below map our names to theirs; ``{}`` is a number, and several names are joined along the first dimension.
+DiffuSeq: github.com/Shark-NLP/DiffuSeq; the network is a Hugging Face ``BertEncoder``. AR-Diffusion:
+github.com/microsoft/ProphetNet, folder AR-diffusion; the encoder is a ``BertModel``. The tables below map our names to
+theirs; ``{}`` is a number, and several names are joined along the first dimension.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pydiffseq.errors import InputError
-from pydiffseq.models import ARDiffusion, ARDiffusionConfig
+from pydiffseq.models import ARDiffusion, ARDiffusionConfig, DiffuSeq, DiffuSeqConfig
 
 
 def _bert_layer(ours: str, theirs: str) -> dict[str, str]:
@@ -31,6 +32,18 @@ def _bert_layer(ours: str, theirs: str) -> dict[str, str]:
 
 
 # Names of modules, or of parameters that are no module's weight and bias.
+DIFFUSEQ_NAMES = {
+    "embedding.weight": "word_embedding.weight",
+    "embedding.bias": "lm_head.bias",
+    "input_up.{}": "input_up_proj.{}",
+    "output_down.{}": "output_down_proj.{}",
+    "positions": "position_embeddings",
+    "input_norm": "LayerNorm",
+    "time_mlp.up": "time_embed.0",
+    "time_mlp.down": "time_embed.2",
+    **_bert_layer("layers.{}", "input_transformers.layer.{}"),
+}
+
 AR_DIFFUSION_NAMES = {
     "embedding.weight": "word_embedding.weight",
     "embedding.bias": "lm_head.bias",
@@ -94,12 +107,13 @@ def load_official(system: str, state_dict: Mapping[str, Tensor], **config: Any) 
     """Our module with the weights of an official ``state_dict``, float32, in evaluation mode.
 
     Args:
-        system: ``"ar_diffusion"``.
+        system: ``"diffuseq"`` or ``"ar_diffusion"``.
         state_dict: official name -> tensor; a prefix ``module.`` is taken off.
         config: fields of the module's config. Sizes follow from the tensors; what they do not tell must be given:
             ``target_length`` (``tgt_len`` of AR-Diffusion, unless lengths are predicted), ``heads`` (unless
-            ``time_injection`` is txl), ``time_injection="rotary"``. ``pad``, ``bos`` and ``eos`` are those of
-            bert-base-uncased unless given. The rest (dropout, schedule) has the module's defaults.
+            ``time_injection`` is txl, or DiffuSeq has BERT's 768 units and so 12), ``time_injection="rotary"``.
+            ``pad``, ``bos`` and ``eos`` are those of bert-base-uncased unless given. The rest (dropout, schedule,
+            ``sequence_length``, ``logits``) has the module's defaults.
 
     Ids stay the official ones; ``pydiffseq convert`` rearranges them for fairseq.
 
@@ -219,7 +233,32 @@ def _ar_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
+def _diffuseq_structure(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """``latent_dim`` beside a hidden size of 2: with projections where it is another."""
+    projected = any(name.startswith(("input_up_proj.", "output_down_proj.")) for name in tensors)
+    return {"encoder_layers": _count(tensors, "input_transformers.layer"), "length_policy": "pad",
+            "latent_dim": 1 if projected else 2}
+
+
+def _diffuseq_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    vocabulary, latent = tensors["word_embedding.weight"].shape
+    positions, hidden = tensors["position_embeddings.weight"].shape
+    return {
+        "vocabulary": vocabulary, "latent_dim": latent, "hidden_dim": hidden, "positions": positions,
+        "ffn_dim": len(tensors["input_transformers.layer.0.intermediate.dense.weight"]),
+        "time_dim": tensors["time_embed.0.weight"].shape[1], "heads": 12 if hidden == BERT_UNITS else None,
+    }
+
+
+BERT_UNITS = 768
 SYSTEMS = {
+    "diffuseq": System(
+        DIFFUSEQ_NAMES, _diffuseq_structure, _diffuseq_sizes, ("heads",),
+        tiny={"vocabulary": 4, "time_dim": 2, "hidden_dim": 2, "ffn_dim": 2, "heads": 1, "positions": 8,
+              "sequence_length": 8},
+        defaults={"pad": 0, "bos": 101, "eos": 102}, model=DiffuSeq, config=DiffuSeqConfig,
+        advice="prepare text that is tokenised as the vocabulary wants it, without special tokens; decode as published "
+               "with --solver ancestral --decode-steps 2000"),
     "ar_diffusion": System(
         AR_DIFFUSION_NAMES, _ar_structure, _ar_sizes, ("time_injection", "heads", "target_length"),
         tiny={"vocabulary": 4, "source_vocabulary": 4, "latent_dim": 2, "time_dim": 2, "hidden_dim": 2, "ffn_dim": 2,

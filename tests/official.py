@@ -56,6 +56,20 @@ def ar_diffusion(injection: str = "txl", predict: bool = False, self_condition: 
                     "encoder.embeddings.position_ids": torch.arange(POSITIONS)[None]}
 
 
+def diffuseq(latent: int = D) -> dict[str, torch.Tensor]:
+    """A random state dict with the official names of DiffuSeq; no projections where ``latent`` is the hidden size."""
+    shapes = {
+        "word_embedding.weight": (V, latent), "lm_head.bias": (V,), "position_embeddings.weight": (POSITIONS, H),
+        **norm("LayerNorm"), **linear("time_embed.0", 4 * TIME, TIME), **linear("time_embed.2", H, 4 * TIME)}
+    if latent != H:
+        shapes |= {**linear("input_up_proj.0", H, latent), **linear("input_up_proj.2", H, H),
+                   **linear("output_down_proj.0", H, H), **linear("output_down_proj.2", latent, H)}
+    for i in range(LAYERS):
+        shapes |= bert_layer(f"input_transformers.layer.{i}")
+    state = random_tensors(shapes)
+    return state | {"lm_head.weight": state["word_embedding.weight"], "position_ids": torch.arange(POSITIONS)[None]}
+
+
 def random_tensors(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     draw = torch.Generator().manual_seed(3)
     return {name: torch.randn(shape, generator=draw) * (0.5 if len(shape) > 1 else 1.0) for name, shape in shapes.items()}

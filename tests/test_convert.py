@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from official import HEADS, LAYERS, LONGEST, TIME, D, H, V, ar_diffusion
+from official import HEADS, LAYERS, LONGEST, POSITIONS, TIME, D, H, V, ar_diffusion, diffuseq
 
 from pydiffseq.convert import load_official
 from pydiffseq.errors import InputError
@@ -103,6 +103,14 @@ class Official:
         return self.up_and_down(h, "output_down_proj")
 
 
+    def diffuseq_denoise(self, x, t):
+        h = self.up_and_down(x, "input_up_proj") if "input_up_proj.0.weight" in self.w else x
+        time = self.up_and_down(self.time_features(t), "time_embed", F.silu)
+        h = self.norm(h + self.w["position_embeddings.weight"][:x.shape[1]] + time[:, None], "LayerNorm")
+        h = self.bert_layers(h, "input_transformers.layer", None)
+        return self.up_and_down(h, "output_down_proj") if "output_down_proj.0.weight" in self.w else h
+
+
 SOURCE = torch.tensor([[5, 6, 7, 8, 9, 2], [4, 10, 2, 0, 0, 0], [3, 0, 0, 0, 0, 0]])
 AR_CASES = [("txl", False, False), ("txl", True, True), ("rotary", False, True), ("add", True, False)]
 
@@ -133,6 +141,44 @@ def test_ar_diffusion_computes_what_the_official_network_computes(injection, pre
         pooled = (states * real).sum(1) / real.sum(1)
         torch.testing.assert_close(
             model.length_logits(encoded).double(), pooled @ official.w["length_embedding.weight"].T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("latent", [D, H])
+@pytest.mark.parametrize("logits", ["dot", "distance"])
+def test_diffuseq_computes_what_the_official_network_computes(latent, logits):
+    """On the official layout [CLS] x [SEP] [SEP] [CLS] y [SEP] [PAD] .., with the source clean as in sampling."""
+    state = diffuseq(latent)
+    model = load_official("diffuseq", state, heads=HEADS, sequence_length=POSITIONS, bos=7, eos=4, logits=logits)
+    official, words = Official(state), torch.tensor([[5, 6, 4], [9, 4, 0]])
+    with torch.no_grad():
+        encoded = model.encode(words)
+        assert encoded.lengths.tolist() == [5, 4]   # with [CLS] and twice [SEP]
+        ids = [[7, 5, 6, 4, 4], [7, 9, 4, 4]]
+        draw = torch.Generator().manual_seed(4)
+        t = torch.tensor([1999, 17])
+        for row, source in enumerate(ids):
+            target = torch.randn(POSITIONS - len(source), latent, generator=draw)
+            whole = torch.cat([state["word_embedding.weight"][source], target])[None].double()
+            theirs = official.diffuseq_denoise(whole, t[row:row + 1])[0, len(source):]
+            one = encoded.select(torch.tensor([row]))
+            ours = model.denoise(target[None], t[row:row + 1, None].expand(1, len(target)), one, None)[0]
+            torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+            table, bias = official.w["word_embedding.weight"], official.w["lm_head.bias"]
+            scores = theirs @ table.T + bias if logits == "dot" else -torch.cdist(theirs, table)
+            nll = model.embedding.nll(ours[None], torch.full((1, len(target)), 3))[0]
+            torch.testing.assert_close(nll.double(), -scores.log_softmax(-1)[:, 3], rtol=1e-5, atol=1e-4)
+
+
+def test_diffuseq_keys_and_defaults():
+    state = diffuseq()
+    del state["time_embed.2.bias"]
+    with pytest.raises(InputError, match=r"1 missing \(time_embed.2.bias\) and 1 unknown \(mean_embed\)"):
+        load_official("diffuseq", state | {"mean_embed": torch.zeros(D)})
+    with pytest.raises(InputError, match="the tensors do not tell heads"):
+        load_official("diffuseq", diffuseq(), sequence_length=POSITIONS)
+    config = load_official("diffuseq", diffuseq(), heads=HEADS, sequence_length=POSITIONS).config
+    assert (config.pad, config.bos, config.eos, config.length_policy) == (0, 101, 102, "pad")
+    assert (config.time_dim, config.ffn_dim, config.encoder_layers, config.positions) == (TIME, 32, LAYERS, POSITIONS)
 
 
 def test_prefixes_buffers_and_released_names():
@@ -187,7 +233,7 @@ def test_what_does_not_fit_is_named(change, config, message):
 def test_what_cannot_be_told_apart_must_be_said():
     with pytest.raises(InputError, match="do not tell time_injection; give time_injection="):
         load_official("ar_diffusion", ar_diffusion("rotary"), target_length=LONGEST, heads=HEADS)
-    with pytest.raises(InputError, match="must be one of ar_diffusion.*, got 'genie'"):
+    with pytest.raises(InputError, match="must be one of diffuseq, ar_diffusion, got 'genie'"):
         load_official("genie", {})
     with pytest.raises(InputError, match="got an empty one"):
         load_official("ar_diffusion", {})

@@ -1,4 +1,4 @@
-"""Turn official weights of AR-Diffusion into a checkpoint that the fairseq commands read.
+"""Turn official weights of DiffuSeq or AR-Diffusion into a checkpoint that the fairseq commands read.
 
 Beside the checkpoint a fairseq dictionary is written, in which the special tokens have fairseq's ids; prepare your text
 with it (pydiffseq prepare --srcdict). The file of weights is read without executing anything in it.
@@ -26,9 +26,9 @@ NESTED = ("model_dict", "model_state_dict", "state_dict")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("weights", type=Path, help="file of torch.save with the official state dict or checkpoint")
     parser.add_argument("output", type=Path, help="checkpoint to write")
-    parser.add_argument("--system", choices=("ar_diffusion",), required=True, help="whose weights they are")
+    parser.add_argument("--system", choices=("diffuseq", "ar_diffusion"), required=True, help="whose weights they are")
     parser.add_argument("--vocab", type=Path, required=True, metavar="FILE",
-                        help="vocabulary of the weights: BERT's vocab.txt or a vocab.json")
+                        help="vocabulary of the weights: BERT's vocab.txt, a vocab.json, or DiffuSeq's own")
     parser.add_argument("--dict", type=Path, metavar="FILE",
                         help="fairseq dictionary to write (default: dict.txt beside the output)")
     parser.add_argument("-O", "--option", action="append", default=[], metavar="NAME=VALUE",

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from official import LONGEST, V, ar_diffusion
+from official import HEADS, LONGEST, POSITIONS, V, ar_diffusion, diffuseq
 from test_generate_command import generate
 from toy import load
 
@@ -19,10 +19,16 @@ PAD, UNK, EOS, BOS = 0, 2, 4, 7
 SOURCE, TARGET = ["ba di fo", "li", "ko ##gu mu na ba", "fo fo"], ["na", "ba ##gu", "di", "li"]
 
 
-def official_state():
+# system -> options that its tensors do not tell, decoding as published but for the steps
+SYSTEMS = {
+    "ar_diffusion": ({"target_length": LONGEST, "eos": EOS}, {"steps": 6, "step_end": "zero", "final": "state"}),
+    "diffuseq": ({"sequence_length": POSITIONS, "heads": HEADS, "bos": BOS, "eos": EOS}, {"steps": 6, "solver": "ddim"})}
+
+
+def official_state(system="ar_diffusion"):
     """One vocabulary for both sides, and weights under which sentences come out different."""
-    state, draw = ar_diffusion(), torch.Generator().manual_seed(6)
-    for name in ("encoder.embeddings.word_embeddings.weight", "word_embedding.weight"):
+    state, draw = {"ar_diffusion": ar_diffusion, "diffuseq": diffuseq}[system](), torch.Generator().manual_seed(6)
+    for name in {"encoder.embeddings.word_embeddings.weight", "word_embedding.weight"} & state.keys():
         state[name] = 2 * F.normalize(torch.randn(V, state[name].shape[1], generator=draw))
     state["lm_head.bias"] = torch.randn(V, generator=draw) / 10
     state["output_down_proj.2.weight"] *= 3
@@ -38,29 +44,35 @@ def files(tmp_path):
     return tmp_path
 
 
-def convert(folder, *words):
-    return main(["convert", str(folder / "ema.pt"), str(folder / "model.pt"), "--system", "ar_diffusion", "--vocab",
+def convert(folder, *words, system="ar_diffusion"):
+    return main(["convert", str(folder / "ema.pt"), str(folder / "model.pt"), "--system", system, "--vocab",
                  str(folder / "vocab.txt"), *words])
 
 
-def test_fairseq_generate_decodes_as_the_official_ids_would(files, capsys):
-    assert convert(files, "-O", f"target_length={LONGEST}", "-O", "eos=4") == 0
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_fairseq_generate_decodes_as_the_official_ids_would(files, capsys, system):
+    torch.save({f"module.{name}": value for name, value in official_state(system).items()}, files / "ema.pt")
+    told, decoding = SYSTEMS[system]
+    first = system == "ar_diffusion"   # whose sentences begin with <s>; DiffuSeq's layout adds it
+    assert convert(files, *(f"-O{name}={value}" for name, value in told.items()), system=system) == 0
     out = capsys.readouterr().out
-    assert "13 entries" in out and "put <s> before every line" in out
+    assert "13 entries" in out and ("put <s> before every line" in out) == first
     assert (files / "dict.txt").read_text().split("\n")[0] == "ba 1"
     for name, lines in {"train.de": SOURCE, "train.en": TARGET, "test.de": SOURCE, "test.en": TARGET}.items():
-        (files / name).write_text("".join(f"<s> {line}\n" for line in lines))
+        (files / name).write_text("".join(f"{'<s> ' if first else ''}{line}\n" for line in lines))
     assert main(["prepare", "-s", "de", "-t", "en", "--trainpref", str(files / "train"), "--testpref", str(files / "test"),
                  "--srcdict", str(files / "dict.txt"), "--destdir", str(files / "data"), "--quiet"]) == 0
-    run = generate(files / "data", files / "model.pt", "--decode-steps", 6, "--step-end", "zero", "--final", "state")
+    options = {"steps": "--decode-steps", "step_end": "--step-end", "final": "--final", "solver": "--solver"}
+    words = [word for name, value in decoding.items() for word in (options[name], value)]
+    run = generate(files / "data", files / "model.pt", *words)
     hypotheses = {number: lines[0][1] for number, lines in run.lines("H").items()}
 
-    network = load_official("ar_diffusion", official_state(), target_length=LONGEST, eos=EOS)
-    rows = [[BOS, *(TOKENS.index(word) for word in line.split()), EOS] for line in SOURCE]
+    network = load_official(system, official_state(system), **told)
+    rows = [[*([BOS] if first else []), *(TOKENS.index(word) for word in line.split()), EOS] for line in SOURCE]
     source = torch.full((len(rows), max(map(len, rows))), PAD)
     for i, row in enumerate(rows):
         source[i, :len(row)] = torch.tensor(row)
-    expected = decode(network, source, torch.arange(len(rows)), DecodeOptions(steps=6, step_end="zero", final="state"))
+    expected = decode(network, source, torch.arange(len(rows)), DecodeOptions(**decoding))
     names = dict(enumerate(TOKENS)) | {UNK: "<unk>"}
     for number, group in enumerate(expected):
         words = [names[token] for token in group[0].tokens.tolist() if token != BOS]
