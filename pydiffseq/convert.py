@@ -35,6 +35,7 @@ def _bert_layer(ours: str, theirs: str) -> dict[str, str]:
 DIFFUSEQ_NAMES = {
     "embedding.weight": "word_embedding.weight",
     "embedding.bias": "lm_head.bias",
+    "absorbing": "mean_embed",   # of DiffuSeq-v2
     "input_up.{}": "input_up_proj.{}",
     "output_down.{}": "output_down_proj.{}",
     "positions": "position_embeddings",
@@ -237,7 +238,7 @@ def _diffuseq_structure(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """``latent_dim`` beside a hidden size of 2: with projections where it is another."""
     projected = any(name.startswith(("input_up_proj.", "output_down_proj.")) for name in tensors)
     return {"encoder_layers": _count(tensors, "input_transformers.layer"), "length_policy": "pad",
-            "latent_dim": 1 if projected else 2}
+            "latent_dim": 1 if projected else 2, "soft_absorb": "mean_embed" in tensors}
 
 
 def _diffuseq_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -172,10 +172,15 @@ def test_diffuseq_computes_what_the_official_network_computes(latent, logits):
 def test_diffuseq_keys_and_defaults():
     state = diffuseq()
     del state["time_embed.2.bias"]
-    with pytest.raises(InputError, match=r"1 missing \(time_embed.2.bias\) and 1 unknown \(mean_embed\)"):
-        load_official("diffuseq", state | {"mean_embed": torch.zeros(D)})
+    with pytest.raises(InputError, match=r"1 missing \(time_embed.2.bias\) and 1 unknown \(time_trans.0.bias\)"):
+        load_official("diffuseq", state | {"time_trans.0.bias": torch.zeros(D)})
     with pytest.raises(InputError, match="the tensors do not tell heads"):
         load_official("diffuseq", diffuseq(), sequence_length=POSITIONS)
+    with pytest.raises(InputError, match="the tensors say soft_absorb=False, but soft_absorb=True was given"):
+        load_official("diffuseq", diffuseq(), heads=HEADS, sequence_length=POSITIONS, soft_absorb=True)
+    second = load_official("diffuseq", diffuseq() | {"mean_embed": torch.arange(float(D))}, heads=HEADS,
+                           sequence_length=POSITIONS, discrete_noise=0.5)   # DiffuSeq-v2
+    assert second.config.soft_absorb and torch.equal(second.absorbing, torch.arange(float(D)))
     config = load_official("diffuseq", diffuseq(), heads=HEADS, sequence_length=POSITIONS).config
     assert (config.pad, config.bos, config.eos, config.length_policy) == (0, 101, 102, "pad")
     assert (config.time_dim, config.ffn_dim, config.encoder_layers, config.positions) == (TIME, 32, LAYERS, POSITIONS)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pydiffseq import ops
 from pydiffseq.decoding.candidates import Piece, candidate_lengths, split_candidates
-from pydiffseq.decoding.mbr import MBR_DIRECTIONS, mbr_order
+from pydiffseq.decoding.mbr import MBR_DIRECTIONS, SMOOTHINGS, TOKEN_METRICS, mbr_order
 from pydiffseq.decoding.model import DenoisingNetwork
 from pydiffseq.decoding.updates import choose_update
 from pydiffseq.diffusion import SOLVERS, StepList, uniform_steps, xy_steps
@@ -39,7 +39,8 @@ class DecodeOptions:
             (DiffuSeq-v2's ancestral sampler); 0: never. Needs a network with ``soft_absorb``.
         step_end: ``clean`` ends the step list at abar = 1; ``zero`` at timestep 0 (as published).
         final: tokens are read off the last ``x0_hat``, or off the final ``state`` (as published).
-        mbr_direction: see :func:`pydiffseq.decoding.mbr.mbr_order`.
+        mbr_metric, mbr_smoothing, mbr_direction: how candidates are ordered, see
+            :func:`pydiffseq.decoding.mbr.mbr_order`; chrF is not among the metrics, since it is about text.
         candidate_tokens: how many target tokens, padding included, are denoised at once; what a batch has more of is
             split, which changes no output. It bounds the memory: about 100 x ``hidden_dim`` bytes a token.
         seed: key of the noise; with a sentence's id and the candidate number it fixes the output.
@@ -59,6 +60,8 @@ class DecodeOptions:
     absorb_rate: float = 0.0
     step_end: str = "clean"
     final: str = "x0_hat"
+    mbr_metric: str = "bleu"
+    mbr_smoothing: str = "add1"
     mbr_direction: str = "hypothesis"
     candidate_tokens: int = 16384
     seed: int = 1
@@ -66,7 +69,7 @@ class DecodeOptions:
 
     def __post_init__(self) -> None:
         choices = {"solver": tuple(SOLVERS), "rounding": ROUNDINGS, "step_end": ENDS, "final": FINALS,
-                   "mbr_direction": MBR_DIRECTIONS}
+                   "mbr_metric": TOKEN_METRICS, "mbr_smoothing": SMOOTHINGS, "mbr_direction": MBR_DIRECTIONS}
         for name, accepted in choices.items():
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {getattr(self, name)!r}")
@@ -172,7 +175,7 @@ def decode(model: DenoisingNetwork, src_tokens: Tensor, ids: Tensor, options: De
         src_tokens: int64 ``[B, S]``, padded with ``model.config.pad``.
         ids: int64 ``[B]``; the noise of a sentence depends on its id, the candidate number and ``options.seed`` alone.
 
-    With several candidates, minimum Bayes risk picks the order and ``score`` is the mean BLEU with the other
+    With several candidates, minimum Bayes risk picks the order and ``score`` is the mean utility with the other
     candidates; a single candidate's ``score`` is its mean token log probability. A source without words gives an empty
     hypothesis.
 
@@ -256,7 +259,8 @@ def _rank(group: list[Hypothesis], options: DecodeOptions) -> list[Hypothesis]:
         scores = group[0].token_scores
         group[0].score = float(scores.mean()) if len(scores) else 0.0
         return group
-    order, utilities = mbr_order([hypothesis.tokens.tolist() for hypothesis in group], options.mbr_direction)
+    order, utilities = mbr_order([hypothesis.tokens.tolist() for hypothesis in group], options.mbr_direction,
+                                 options.mbr_metric, options.mbr_smoothing)
     for hypothesis, utility in zip(group, utilities, strict=True):
         hypothesis.score = utility
     return [group[i] for i in order]

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from pydiffseq.decoding import MBR_DIRECTIONS, DecodeOptions
 from pydiffseq.decoding.decode import FINALS, ROUNDINGS
+from pydiffseq.decoding.mbr import SMOOTHINGS, TOKEN_METRICS
 from pydiffseq.diffusion import SOLVERS
 from pydiffseq.diffusion.steps import ENDS
 from pydiffseq.errors import InputError, input_errors
@@ -53,8 +54,14 @@ class DiffusionSeq2SeqConfig(TranslationConfig):
             "help": "end the step list at the clean state or at timestep 0 (zero, as published)"})
     final: ChoiceEnum(FINALS) = field(  # type: ignore[valid-type]
         default=DEFAULTS.final, metadata={"help": "read the tokens off the last x0_hat or off the final state (published)"})
+    mbr_metric: ChoiceEnum(TOKEN_METRICS) = field(  # type: ignore[valid-type]
+        default=DEFAULTS.mbr_metric, metadata={
+            "help": "MBR's utility, on tokens: sentence BLEU, unigram F1 or edit similarity (pydiffseq mbr also has chrF)"})
+    mbr_smoothing: ChoiceEnum(SMOOTHINGS) = field(  # type: ignore[valid-type]
+        default=DEFAULTS.mbr_smoothing, metadata={
+            "help": "smoothing of MBR's sentence BLEU (published: DiffuSeq method4, AR-Diffusion add1_all)"})
     mbr_direction: ChoiceEnum(MBR_DIRECTIONS) = field(  # type: ignore[valid-type]
-        default=DEFAULTS.mbr_direction, metadata={"help": "role of the judged candidate in MBR's sentence BLEU"})
+        default=DEFAULTS.mbr_direction, metadata={"help": "role of the judged candidate in MBR's utility"})
     candidate_tokens: int = field(default=DEFAULTS.candidate_tokens, metadata={
         "help": "most target tokens that are denoised at once, all candidates and padding included; bounds the memory and "
                 "changes no output"})
@@ -139,7 +146,8 @@ class DiffusionSeq2SeqTask(TranslationTask):
                 steps=value("decode_steps"), solver=str(value("solver")), length_beam=value("length_beam"),
                 noise_beam=value("noise_beam"), rounding=str(value("rounding")), rounding_step=value("rounding_step"),
                 noise_limit=value("noise_limit"), absorb_rate=value("absorb_rate"), step_end=str(value("step_end")),
-                final=str(value("final")), mbr_direction=str(value("mbr_direction")),
+                final=str(value("final")), mbr_metric=str(value("mbr_metric")),
+                mbr_smoothing=str(value("mbr_smoothing")), mbr_direction=str(value("mbr_direction")),
                 candidate_tokens=value("candidate_tokens"), seed=value("decode_seed"),
                 history=bool(getattr(args, "retain_iter_history", False)))
         candidates = options.length_beam * options.noise_beam

@@ -100,13 +100,16 @@ def test_more_lengths_than_there_are_give_all_lengths():
     assert [len(group) for group in groups] == [7] * 4
 
 
-@pytest.mark.parametrize("direction", ["hypothesis", "reference"])
-def test_hypotheses_come_in_the_order_of_mbr(direction):
-    model, options = tiny(**PREDICT), DecodeOptions(steps=3, length_beam=2, noise_beam=3, mbr_direction=direction)
+@pytest.mark.parametrize(("direction", "metric", "smoothing"), [
+    ("hypothesis", "bleu", "add1"), ("reference", "bleu", "method4"), ("hypothesis", "edit", "add1")])
+def test_hypotheses_come_in_the_order_of_mbr(direction, metric, smoothing):
+    options = DecodeOptions(steps=3, length_beam=2, noise_beam=3, mbr_direction=direction, mbr_metric=metric,
+                            mbr_smoothing=smoothing)
+    model = tiny(**PREDICT)
     for group in decode(model, SOURCE, IDS, options):
         tokens, scores = [h.tokens.tolist() for h in group], [h.score for h in group]
         assert len({tuple(t) for t in tokens}) > 2
-        order, utilities = mbr_order(tokens, direction)
+        order, utilities = mbr_order(tokens, direction, metric, smoothing)
         assert scores == pytest.approx(utilities) and scores == sorted(scores, reverse=True)
         assert scores[0] == pytest.approx(max(utilities[i] for i in order))
 
@@ -190,7 +193,8 @@ def test_too_many_steps_are_refused(changes):
 
 @pytest.mark.parametrize(("name", "accepted"), [
     ("solver", "ancestral, ddim, skip, ddim_xy"), ("rounding", "off, every, from, until"), ("step_end", "zero, clean"),
-    ("final", "x0_hat, state"), ("mbr_direction", "hypothesis, reference")])
+    ("final", "x0_hat, state"), ("mbr_direction", "hypothesis, reference"),
+    ("mbr_metric", "bleu, f1, edit"), ("mbr_smoothing", "add1, add1_all, method4, exp")])
 def test_unknown_names_are_refused_with_the_accepted_ones(name, accepted):
     with pytest.raises(ValueError, match=f"{name} must be one of {accepted}, got 'best'"):
         DecodeOptions(**{name: "best"})
