@@ -176,6 +176,11 @@ def timestep_attention_backward(
 def rotate_pairs(x: Tensor, rotation: Tensor) -> Tensor:
     """(x1 c - x2 s, x2 c + x1 s) for each interleaved pair of the last dimension; c, s = the halves of ``rotation``."""
     cos, sin = rotation.chunk(2, -1)
+    if x.dtype in (torch.float32, torch.float64):  # (x1 + i x2) (c + i s): one pass over x
+        if x.stride(-1) != 1 or x.storage_offset() % 2 or any(stride % 2 for stride in x.stride()[:-1]):
+            x = x.clone(memory_format=torch.contiguous_format)  # a complex number starts at an even offset
+        pairs = x.unflatten(-1, (-1, 2))
+        return torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin)).flatten(-2)
     x1, x2 = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1).flatten(-2)
 

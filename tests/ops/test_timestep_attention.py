@@ -280,6 +280,12 @@ def test_rotary_is_attention_of_rotated_q_k_and_v(dtype):
         assert error(a, b) < tolerance
 
 
+def test_rotary_takes_slices_at_odd_offsets():
+    wide = torch.randn(2, 5, 2, 17, generator=torch.Generator().manual_seed(4))
+    odd, even = wide[..., 1:], wide[..., 1:].contiguous()
+    assert torch.equal(rotary_timestep_attention(odd, odd, odd, odd), rotary_timestep_attention(even, even, even, even))
+
+
 def changed(**changes):
     x, timesteps = make(tau="table" if changes.pop("table", False) else "direct")
     return {**x, "timesteps": timesteps, **changes}
