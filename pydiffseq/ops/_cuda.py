@@ -36,13 +36,13 @@ def trusted(family: str, device: torch.device, cases: Callable[[torch.device], I
     """
     verdict = _verdicts.get((family, device))
     if verdict is None:
-        if _capturing(device):
+        if capturing(device):
             return False
         verdict = _verdicts[family, device] = _self_check(family, device, cases)
     return verdict
 
 
-def launch(kernel: Callable[..., None], device: torch.device, *arguments: int | float | bool) -> None:
+def launch(kernel: Callable[..., None], device: torch.device, *arguments: int | float | bool | tuple) -> None:
     """Call a binding of a CUDA kernel with torch's current stream of ``device`` and the device's index at the end."""
     stream = torch.cuda.current_stream(device).cuda_stream
     if device.index == torch.cuda.current_device():
@@ -52,7 +52,13 @@ def launch(kernel: Callable[..., None], device: torch.device, *arguments: int | 
         kernel(*arguments, stream, device.index)
 
 
-def _capturing(device: torch.device) -> bool:
+def stream(device: torch.device) -> int:
+    """Address of torch's current stream there."""
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether the current stream records a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 

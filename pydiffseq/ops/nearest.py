@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from pydiffseq.ops import reference
+from pydiffseq.ops import _cuda, reference
 from pydiffseq.ops._extension import (
     C,
     autocast_to_widest,
@@ -71,9 +72,7 @@ class _Packed(NamedTuple):
 
     storages: tuple[StorageWeakRef, ...]
     versions: tuple[int, ...]
-    panels: Tensor
-    rest: Tensor
-    wild: Tensor
+    tensors: tuple[Tensor, ...]
 
 
 _MOST_PACKED = 8
@@ -85,26 +84,33 @@ def _versions(tensors: list[Tensor]) -> tuple[int, ...] | None:
     return None if any(t.is_inference() for t in tensors) else tuple(t._version for t in tensors)
 
 
-def _pack(table: Tensor, bias: Tensor | None, dot: bool) -> _Packed:
+def _keep_packed(table: Tensor, bias: Tensor | None, key: tuple,
+                 pack: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """What ``pack`` gives for the table, or gave at an earlier call with this table, bias and ``key``."""
     sources = [table] if bias is None else [table, bias]
-    key = (dot, table.dtype, table.shape, C.isa(), *(t.data_ptr() for t in sources))
+    key = (table.dtype, table.shape, *key, *(t.data_ptr() for t in sources))
     versions = _versions(sources)
     packed = _packed_tables.get(key)
     if packed is not None and packed.versions == versions and not any(s.expired() for s in packed.storages):
         _packed_tables.move_to_end(key)
-        return packed
-    words, floats = C.nearest_packed_sizes(*table.shape)
-    packed = _Packed(tuple(StorageWeakRef(t.untyped_storage()) for t in sources), versions or (),
-                     torch.empty(words, dtype=torch.int32), torch.empty(floats),
-                     torch.empty(table.shape[0] + 1, dtype=torch.int32))
-    C.nearest_pack(pointer(table), pointer(bias), table.dtype == torch.bfloat16, dot, *table.shape,
-                   pointer(packed.panels), pointer(packed.rest), pointer(packed.wild))
+        return packed.tensors
+    tensors = pack()
     if versions is not None:
         for old in [k for k, p in _packed_tables.items() if any(s.expired() for s in p.storages)]:
             del _packed_tables[old]
-        _packed_tables[key] = packed
+        storages = tuple(StorageWeakRef(t.untyped_storage()) for t in sources)
+        _packed_tables[key] = _Packed(storages, versions, tensors)
         if len(_packed_tables) > _MOST_PACKED:
             _packed_tables.popitem(last=False)
+    return tensors
+
+
+def _pack_cpu(table: Tensor, bias: Tensor | None, dot: bool) -> tuple[Tensor, Tensor, Tensor]:
+    words, floats = C.nearest_packed_sizes(*table.shape)
+    packed = (torch.empty(words, dtype=torch.int32), torch.empty(floats),
+              torch.empty(table.shape[0] + 1, dtype=torch.int32))
+    C.nearest_pack(pointer(table), pointer(bias), table.dtype == torch.bfloat16, dot, *table.shape,
+                   *(pointer(tensor) for tensor in packed))
     return packed
 
 
@@ -119,14 +125,105 @@ def _nearest_cpu(x: Tensor, table: Tensor, bias: Tensor | None, dot: bool) -> tu
     x, source = x.contiguous(), table.contiguous()
     bias = None if bias is None else bias.contiguous()
     ids, embeddings = x.new_empty(x.shape[:-1], dtype=torch.int64), torch.empty_like(x)
-    packed = _pack(source, bias, dot)
+    packed = _keep_packed(source, bias, (dot, C.isa()), lambda: _pack_cpu(source, bias, dot))
     C.nearest_search(pointer(x), ids.numel(), pointer(source), pointer(bias), x.dtype == torch.bfloat16, dot,
-                     *source.shape, pointer(packed.panels), pointer(packed.rest), pointer(packed.wild), pointer(ids),
-                     pointer(embeddings))
+                     *source.shape, *(pointer(tensor) for tensor in packed), pointer(ids), pointer(embeddings))
     return embeddings, ids
 
 
+# --- CUDA kernels (csrc/cuda/nearest.cu, whose constants these are) ---
+
+_TILE, _CHUNK, _SLOTS, _SLOT_WORDS, _MOST_TILES = 128, 64, 8, 5, 32767
+_HUGE, _HUGE_BIAS = 2.0**61, 2.0**118
+_ROUND_UP = 1 + 2.0**-20
+_ELEMENTS_AT_ONCE = 1 << 24
+
+
+def _sum_error(dim: int) -> float:
+    return (dim + 8) / 2**21
+
+
+def _flush_error(dim: int) -> float:
+    return dim * 2.4e-38
+
+
+def _pack_cuda(table: Tensor, bias: Tensor | None, dot: bool) -> tuple[Tensor, ...]:
+    """(rows, bias, norm, slack, centre, wild) of csrc/cuda/nearest.h, by torch on the table's device without waiting."""
+    vocab, dim = table.shape
+    rows, features = -(-vocab // _TILE) * _TILE, -(-dim // _CHUNK) * _CHUNK
+    blocks = range(0, vocab, max(1, _ELEMENTS_AT_ONCE // dim))
+    parts = [slice(start, min(start + blocks.step, vocab)) for start in blocks]
+    norms = torch.cat([table[part].double().square().sum(-1).sqrt() for part in parts])
+    wild = ~(norms < _HUGE) if bias is None else ~((norms < _HUGE) & (bias.double().abs() < _HUGE_BIAS))
+    centre = torch.zeros(dim, dtype=torch.float64, device=table.device)
+    if not dot:
+        for part in parts:
+            centre += table[part].double().masked_fill(wild[part, None], 0.0).sum(0)
+        centre /= (~wild).sum().clamp_min(1)
+    centre = centre.float()
+    packed = table.new_zeros(rows, features, dtype=torch.bfloat16)
+    squares = torch.zeros(rows, dtype=torch.float64, device=table.device)
+    for part in parts:
+        shifted = (table[part].float() - centre).masked_fill(wild[part, None], 0.0)
+        packed[part, :dim] = shifted.bfloat16()
+        squares[part] = shifted.double().square().sum(-1)
+    added = -0.5 * squares
+    if dot:
+        added = torch.zeros_like(squares)
+        if bias is not None:
+            added[:vocab] = bias.double()
+    missing = torch.nn.functional.pad(wild, (0, rows - vocab), value=True)
+    norm = squares.view(-1, _TILE).amax(1).sqrt() * _ROUND_UP
+    largest = added.abs().masked_fill(missing, 0.0).view(-1, _TILE).amax(1)
+    slack = (largest * _sum_error(dim) + _flush_error(dim)) * _ROUND_UP
+    ids = torch.cat([wild.sum()[None], torch.argsort((~wild).int(), stable=True)]).int()
+    return packed, added.float().masked_fill(missing, -torch.inf), norm.float(), slack.float(), centre, ids
+
+
+def _packed_for_cuda(table: Tensor, bias: Tensor | None, dot: bool) -> tuple[Tensor, ...]:
+    """Kept per stream, on which later calls find it ready; not kept where a CUDA graph is recorded, which packs anew."""
+    if _cuda.capturing(table.device):
+        return _pack_cuda(table, bias, dot)
+    return _keep_packed(table, bias, (dot, _cuda.stream(table.device)), lambda: _pack_cuda(table, bias, dot))
+
+
+def _nearest_kernel(x: Tensor, table: Tensor, bias: Tensor | None, dot: bool) -> tuple[Tensor, Tensor]:
+    x, table = x.contiguous(), table.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    ids, embeddings = x.new_empty(x.shape[:-1], dtype=torch.int64), torch.empty_like(x)
+    packed = _packed_for_cuda(table, bias, dot)
+    rows, (padded_rows, features) = ids.numel(), packed[0].shape
+    tiles = padded_rows // _TILE
+    parts = C.nearest_parts_cuda(rows, tiles, x.device.index or 0)
+    workspace = (x.new_empty(rows, features, dtype=torch.bfloat16), x.new_empty(rows, 2, dtype=torch.float32),
+                 x.new_empty(rows, parts, _SLOTS, _SLOT_WORDS, dtype=torch.float32))
+    _cuda.launch(C.nearest_search_cuda, x.device, pointer(x), rows, pointer(table), pointer(bias), dot, *table.shape,
+                 tuple(pointer(t) for t in packed), tiles, features, tuple(pointer(t) for t in workspace), parts,
+                 pointer(ids), pointer(embeddings), _cuda.DTYPES[x.dtype])
+    return embeddings, ids
+
+
+def _cuda_cases(device: torch.device):
+    """The self-check: near ones and far ones, ties, rows that the product cannot take, both shapes of the filter."""
+    for dtype, dim in ((torch.float32, 40), (torch.bfloat16, 136), (torch.float16, 72)):
+        table = reference.philox_normal(torch.tensor([dim]), 1, 300, dim, 0, None, 3, torch.float32, device)[0]
+        x = torch.cat([table[:130] + 0.3 * table.flip(0)[:130], table[100:101] * torch.inf, torch.zeros_like(table[:1])])
+        table[200:] = table[:100]
+        table[17], table[33, 5] = table[17] * 1e4, torch.nan
+        x, table, bias = x.to(dtype), table.to(dtype), table[:, 0].nan_to_num(0.0).to(dtype)
+        for b, dot in ((None, False), (bias, True)):
+            yield ("nearest", lambda a=(x, table, b, dot): _nearest_kernel(*a),
+                   lambda a=(x, table, b, dot): _nearest_reference(*a))
+
+
+def _nearest_cuda(x: Tensor, table: Tensor, bias: Tensor | None, dot: bool) -> tuple[Tensor, Tensor]:
+    use = (x.is_cuda and x.dtype in _cuda.DTYPES and table.shape[0] <= _MOST_TILES * _TILE and _cuda.compiled()
+           and _cuda.trusted("nearest", x.device, _cuda_cases))
+    return (_nearest_kernel if use else _nearest_reference)(x, table, bias, dot)
+
+
 library.impl("nearest", _nearest_cpu, "CPU")
+library.impl("nearest", _nearest_cuda, "CUDA")
 library.impl("nearest", _nearest_reference, "CompositeExplicitAutograd")
 
 

@@ -146,7 +146,7 @@ def test_a_failing_launch_warns_once_and_leaves_the_ops_to_the_reference(install
 
 def test_every_device_and_family_has_its_own_verdict(monkeypatch):
     monkeypatch.setattr(_cuda, "_verdicts", {})
-    monkeypatch.setattr(_cuda, "_capturing", lambda device: False)
+    monkeypatch.setattr(_cuda, "capturing", lambda device: False)
     trials = []
 
     def cases(device):
@@ -161,7 +161,7 @@ def test_every_device_and_family_has_its_own_verdict(monkeypatch):
 
 def test_no_trial_while_a_graph_is_captured(monkeypatch):
     monkeypatch.setattr(_cuda, "_verdicts", {})
-    monkeypatch.setattr(_cuda, "_capturing", lambda device: True)
+    monkeypatch.setattr(_cuda, "capturing", lambda device: True)
     assert not _cuda.trusted("family", torch.device("cuda", 0), lambda device: pytest.fail("a trial"))
-    monkeypatch.setattr(_cuda, "_capturing", lambda device: False)
+    monkeypatch.setattr(_cuda, "capturing", lambda device: False)
     assert _cuda.trusted("family", torch.device("cuda", 0), lambda device: [])

@@ -25,52 +25,51 @@ def sources():
     return [path for folder in folders for pattern in ("*.cu", "*.cpp") for path in sorted(folder.glob(pattern))]
 
 
-def digest():
-    """Of everything that the build reads."""
+def digest(*paths):
     content = hashlib.sha256(" ".join(FLAGS).encode())
-    for path in sorted((ROOT / "csrc").rglob("*.*")):
-        if path.parent.name not in ("cpu", "runtime"):
-            content.update(path.read_bytes())
+    for path in paths:
+        content.update(path.read_bytes())
     return content.hexdigest()[:16]
 
 
-def build(compiler, target):
+def compile_one(compiler, source, out):
     import pybind11
 
-    target.parent.mkdir(parents=True, exist_ok=True)
     csrc = ROOT / "csrc"
     includes = [csrc, csrc / "cuda" / "emulation", pybind11.get_include(), sysconfig.get_paths()["include"]]
+    language = ["-x", "c++", "-include", "cuda_runtime.h"] if source.suffix == ".cu" else []
+    temporary = out.with_suffix(f".{os.getpid()}")
+    command = [compiler, *FLAGS, *(f"-I{path}" for path in includes), *language, "-c", str(source), "-o", str(temporary)]
+    subprocess.run(command, check=True)
+    temporary.rename(out)
 
-    def compile_one(source):
-        out = target.with_name(f"{source.stem}{source.suffix}.{source.parent.name}.{target.name}.o")
-        language = ["-x", "c++", "-include", "cuda_runtime.h"] if source.suffix == ".cu" else []
-        command = [compiler, *FLAGS, *(f"-I{path}" for path in includes), *language, "-c", str(source), "-o", str(out)]
-        subprocess.run(command, check=True)
-        return out
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, sources()))
-    temporary = target.with_suffix(".part")
-    subprocess.run([compiler, "-shared", "-o", str(temporary), *map(str, objects)], check=True)
-    for path in objects:
-        path.unlink()
-    temporary.rename(target)
+def build(compiler, folder):
+    """The module's file; what is compiled already, from the same sources, is not compiled again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    headers = sorted(path for path in (ROOT / "csrc").rglob("*.*h") if path.parent.name != "cpu" or path.stem == "dispatch")
+    tag = sysconfig.get_config_var("EXT_SUFFIX")
+    objects = {source: folder / f"{source.parent.name}-{source.name}-{digest(*headers, source)}{tag}.o"
+               for source in sources()}
+    target = folder / f"_C_emulation-{digest(*headers, *sources())}{tag}"
+    if not target.exists():
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda item: item[1].exists() or compile_one(compiler, *item), objects.items()))
+        temporary = target.with_suffix(f".{os.getpid()}")
+        subprocess.run([compiler, "-shared", "-o", str(temporary), *map(str, objects.values())], check=True)
+        temporary.rename(target)
+    for old in set(folder.iterdir()) - {target, *objects.values()}:
+        old.unlink(missing_ok=True)
+    return target
 
 
 @pytest.fixture(scope="session")
 def emulation():
-    """The module _C_emulation; compiled once per state of the sources (about half a minute on one core)."""
+    """The module _C_emulation, compiled where the sources have changed (half a minute on one core)."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None or importlib.util.find_spec("pybind11") is None:
         pytest.skip("needs a C++ compiler and pybind11")
-    folder = ROOT / "build" / "emulation"
-    target = folder / f"_C_emulation-{digest()}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not target.exists():
-        build(compiler, target)
-    for old in folder.glob("_C_emulation-*"):
-        if old != target:
-            old.unlink()
-    spec = importlib.util.spec_from_file_location("_C_emulation", target)
+    spec = importlib.util.spec_from_file_location("_C_emulation", build(compiler, ROOT / "build" / "emulation"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -79,7 +78,7 @@ def emulation():
 @pytest.fixture
 def install(emulation, monkeypatch):
     """Emulated kernels in the place of ``_C`` for the ops' CUDA functions, which then take CPU tensors."""
-    for name in ("noise", "timestep_attention"):
+    for name in ("noise", "nearest", "timestep_attention"):
         monkeypatch.setattr(sys.modules[f"pydiffseq.ops.{name}"], "C", emulation)
     monkeypatch.setattr(_cuda, "C", emulation)
     monkeypatch.setattr(_cuda, "launch", lambda kernel, device, *arguments: kernel(*arguments, 0, 0))

@@ -1,0 +1,350 @@
+// Exact nearest rows on CUDA, by the argument of csrc/cpu/nearest.cpp: bfloat16 products give every score s = x . e + b to
+// within a proven bound eps; only rows with s + eps >= the best s - eps can win, and float64 decides among them.
+//
+// prepare: x, less the centre, in bfloat16, and the row's share of eps.
+// filter:  tiles of 128 rows x 128 columns on the tensor cores; scores stay in registers. A thread has 16 columns of a tile in
+//          each of its rows; of all tiles it keeps the two highest groups of 16 and the bound of the third (NearestSlot).
+// rerank:  a warp per row looks at the groups that remain possible, in float64. Where a thread's third group is possible, too,
+//          the whole table is searched (rare; the block's 8 warps share that).
+#include "cuda/nearest.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "cuda/mma.cuh"
+
+namespace pds {
+namespace cuda {
+namespace {
+
+constexpr int kFilterThreads = 256, kRerankRows = 8;
+using Chunk = Tile<kNearestChunk>;
+constexpr int kChunkBytes = Chunk::bytes(kNearestTile);
+constexpr int kMarginBytes = 2 * kNearestTile * 4;
+
+// Bound of |s computed - s| / (|x| |e|): each factor's rounding to bfloat16 costs 2^-9; every sum up to 2^-21, four times
+// what sums in float32 would, since tensor cores truncate. In units of float64, with pydiffseq/ops/nearest.py.
+__device__ __forceinline__ double sum_error(int64_t dim) { return static_cast<double>(dim + 8) / (1 << 21); }
+__device__ __forceinline__ double relative_error(int64_t dim) { return 1.0 / 256 + 1.0 / 65536 + sum_error(dim); }
+// Numbers below 2^-126 may count as 0.
+__device__ __forceinline__ double flush_error(int64_t dim) { return static_cast<double>(dim) * 2.4e-38; }
+__device__ __forceinline__ float rounded_up(double x) { return static_cast<float>(x * (1.0 + 1.0 / (1 << 20))); }
+
+// --- Rows ---
+
+// margins[row] = (share, own): eps = share * norm of the tile + slack of the tile + own. share = inf: search everything;
+// own = NaN as well: x has NaN, nothing can win.
+template <typename T>
+__global__ void __launch_bounds__(kFilterThreads) nearest_prepare_kernel(const __grid_constant__ NearestCudaArgs a) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kFilterThreads / 32) + threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  if (row >= a.rows) return;
+  const T* x = static_cast<const T*>(a.x) + row * a.dim;
+  __nv_bfloat16* out = static_cast<__nv_bfloat16*>(a.rows16) + row * a.padded;
+  double square = 0.0;
+  for (int64_t k = lane; k < a.dim; k += 32) {
+    const double value = widen(x[k]);
+    square += value * value;
+  }
+  square = sum_over_warp(square);
+  const bool tame = square < kNearestHuge * kNearestHuge;
+  const bool undefined = square != square;
+  square = 0.0;
+  for (int64_t k = lane; k < a.padded; k += 32) {
+    const float value = tame && k < a.dim ? widen(x[k]) - __ldg(a.centre + k) : 0.f;
+    square += static_cast<double>(value) * value;
+    narrow(value, out[k]);
+  }
+  const double norm = sqrt(sum_over_warp(square));
+  if (lane != 0) return;
+  a.margins[2 * row] = tame ? rounded_up(norm * relative_error(a.dim) + flush_error(a.dim)) : INFINITY;
+  a.margins[2 * row + 1] = undefined ? NAN : rounded_up(flush_error(a.dim) * (1.0 + norm));
+}
+
+// --- Filter ---
+
+// A chunk of features of 128 rows from `source` on; the rows from `rows` on are zeros.
+__device__ __forceinline__ void load_chunk(SharedAddress tile, const __nv_bfloat16* source, int padded, int rows) {
+  const int r = threadIdx.x / Chunk::kUnits, unit = threadIdx.x % Chunk::kUnits;
+  constexpr int kStep = kFilterThreads / Chunk::kUnits;   // rows
+  const __nv_bfloat16* from = source + r * padded + unit * 8;
+  tile += Chunk::offset(r, unit);
+#pragma unroll
+  for (int i = 0; i < kNearestTile / kStep; ++i) {
+    const bool valid = r + i * kStep < rows;
+    copy_async(tile + Chunk::offset(i * kStep, 0), valid ? from + i * kStep * padded : source, valid);
+  }
+}
+
+__device__ __forceinline__ void offer(NearestSlot& slot, float upper, float lower, uint32_t group) {
+  slot.lower = fmaxf(slot.lower, lower);
+  if (upper > slot.first) {
+    slot.third = slot.second;
+    slot.second = slot.first;
+    slot.first = upper;
+    slot.groups = slot.groups << 16 | group;
+  } else if (upper > slot.second) {
+    slot.third = slot.second;
+    slot.second = upper;
+    slot.groups = (slot.groups & 0xFFFFu) | group << 16;
+  } else {
+    slot.third = fmaxf(slot.third, upper);
+  }
+}
+
+// Warp w has rows 32 (w % 4) .. + 31 and columns 64 (w / 4) .. + 63 of each tile.
+struct FilterPlace {
+  int lane, row, column;
+  __device__ __forceinline__ FilterPlace()
+      : lane(threadIdx.x % 32), row(threadIdx.x / 32 % 4 * 32), column(threadIdx.x / 128 * 64) {}
+};
+
+__device__ __forceinline__ void start_scores(float scores[2][8][4], const float* bias, const FilterPlace& at) {
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+    const float2 b = __ldg(reinterpret_cast<const float2*>(bias + at.column + 8 * n + 2 * (at.lane & 3)));
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      scores[i][n][0] = scores[i][n][2] = b.x;
+      scores[i][n][1] = scores[i][n][3] = b.y;
+    }
+  }
+}
+
+__device__ __forceinline__ void multiply_chunk(float scores[2][8][4], SharedAddress x, SharedAddress e, const FilterPlace& at) {
+#pragma unroll
+  for (int k = 0; k < kNearestChunk / 16; ++k) {
+    uint32_t rows[2][4];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) Chunk::load_a(x, at.row + 16 * i, k, at.lane, rows[i]);
+#pragma unroll
+    for (int n = 0; n < 8; n += 2) {
+      uint32_t columns[4];
+      Chunk::load_b(e, at.column + 8 * n, k, at.lane, columns);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        Mma<__nv_bfloat16>::multiply(scores[i][n], rows[i], columns[0], columns[1]);
+        Mma<__nv_bfloat16>::multiply(scores[i][n + 1], rows[i], columns[2], columns[3]);
+      }
+    }
+  }
+}
+
+// Where the walk over tiles and their chunks is.
+struct Walk {
+  int tile, chunk = 0, stage = 0;
+  __device__ __forceinline__ void advance(int chunks, int stages) {
+    if (++chunk == chunks) chunk = 0, ++tile;
+    if (++stage == stages) stage = 0;
+  }
+};
+
+// kResident: all chunks of x stay in shared memory; else they stream along with those of the table.
+template <bool kResident, int kStages>
+__global__ void __launch_bounds__(kFilterThreads, kResident ? 2 : 1) nearest_filter_kernel(const __grid_constant__ NearestCudaArgs a) {
+  constexpr int kStageBytes = (kResident ? 1 : 2) * kChunkBytes;
+  PDS_SHARED_MEMORY(shared);
+  float* margins = reinterpret_cast<float*>(shared);
+  const FilterPlace at;
+  const unsigned row_tiles = static_cast<unsigned>((a.rows + kNearestTile - 1) / kNearestTile);
+  const int part = blockIdx.x / row_tiles, tiles_per_part = static_cast<int>((a.tiles + a.parts - 1) / a.parts);
+  const int end_tile = min(static_cast<int>(a.tiles), (part + 1) * tiles_per_part);
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x % row_tiles) * kNearestTile;
+  const int rows = static_cast<int>(min(a.rows - first_row, static_cast<int64_t>(kNearestTile)));
+  const int padded = static_cast<int>(a.padded), chunks = padded / kNearestChunk;
+  const SharedAddress x_tiles = shared_address(shared + kMarginBytes);
+  const SharedAddress stages = x_tiles + (kResident ? chunks * kChunkBytes : 0);
+  const __nv_bfloat16* x = static_cast<const __nv_bfloat16*>(a.rows16) + first_row * padded;
+  Walk ahead{part * tiles_per_part}, now = ahead;
+
+  const auto load = [&] {
+    if (ahead.tile < end_tile) {
+      const SharedAddress stage = stages + ahead.stage * kStageBytes;
+      const int64_t tile_start = static_cast<int64_t>(ahead.tile) * (kNearestTile * padded);
+      load_chunk(stage, static_cast<const __nv_bfloat16*>(a.packed) + tile_start + ahead.chunk * kNearestChunk, padded,
+                 kNearestTile);
+      if (!kResident) load_chunk(stage + kChunkBytes, x + ahead.chunk * kNearestChunk, padded, rows);
+      ahead.advance(chunks, kStages);
+    }
+    commit_copies();
+  };
+  if (kResident)
+    for (int chunk = 0; chunk < chunks; ++chunk)
+      load_chunk(x_tiles + chunk * kChunkBytes, x + chunk * kNearestChunk, padded, rows);
+#pragma unroll 1
+  for (int step = 0; step < kStages - 1; ++step) load();
+
+  NearestSlot slots[4];   // of rows lane / 4 + 8 i
+#pragma unroll
+  for (int i = 0; i < 4; ++i) slots[i] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY, 0xFFFFFFFFu};
+  for (int i = threadIdx.x; i < 2 * kNearestTile; i += kFilterThreads)   // seen after the first barrier
+    margins[i] = i < 2 * rows ? a.margins[2 * first_row + i] : 0.f;
+  float scores[2][8][4];
+#pragma unroll 1
+  for (; now.tile < end_tile; now.advance(chunks, kStages)) {
+    if (now.chunk == 0) start_scores(scores, a.packed_bias + now.tile * kNearestTile, at);
+    wait_copies<kStages - 2>();
+    __syncthreads();   // the chunk is there for all, and the stage before it is free
+    load();
+    const SharedAddress stage = stages + now.stage * kStageBytes;
+    multiply_chunk(scores, kResident ? x_tiles + now.chunk * kChunkBytes : stage + kChunkBytes, stage, at);
+    if (now.chunk + 1 < chunks) continue;
+    const float norm = __ldg(a.norm + now.tile), slack = __ldg(a.slack + now.tile);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float best = -INFINITY;
+#pragma unroll
+      for (int n = 0; n < 8; ++n)
+        best = fmaxf(best, fmaxf(scores[i / 2][n][2 * (i % 2)], scores[i / 2][n][2 * (i % 2) + 1]));
+      const float2 margin = reinterpret_cast<const float2*>(margins)[at.row + at.lane / 4 + 8 * i];
+      const float eps = margin.x * norm + slack + margin.y;
+      offer(slots[i], best + eps, best - eps, 2 * now.tile + at.column / 64);
+    }
+  }
+  wait_copies<0>();
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int row = at.row + at.lane / 4 + 8 * i;
+    if (row < rows)
+      a.slots[((first_row + row) * a.parts + part) * kNearestSlots + at.column / 16 + (at.lane & 3)] = slots[i];
+  }
+}
+
+// --- Decision ---
+
+struct Best {
+  double score = -HUGE_VAL;
+  int64_t id = 0;
+  __device__ __forceinline__ void consider(double candidate, int64_t v) {
+    if (candidate > score || (candidate == score && v < id)) score = candidate, id = v;
+  }
+};
+
+// The score by the definition: minus the squared distance, or the product; the same in all lanes.
+template <typename T>
+__device__ __forceinline__ double exact_score(const NearestCudaArgs& a, const T* x, int64_t v, int lane) {
+  const T* e = static_cast<const T*>(a.table) + v * a.dim;
+  double sum = 0.0;
+  for (int64_t k = lane; k < a.dim; k += 32) {
+    const double u = widen(x[k]), w = widen(e[k]);
+    sum += a.dot ? u * w : -(u - w) * (u - w);
+  }
+  sum = sum_over_warp(sum);
+  return a.dot && a.bias != nullptr ? sum + static_cast<double>(widen(static_cast<const T*>(a.bias)[v])) : sum;
+}
+
+constexpr uint32_t kNoGroup = 0xFFFF;
+
+// The 16 columns of a group: those of lane % 4 = slot % 4 in half a tile.
+template <typename T>
+__device__ __forceinline__ void consider_group(const NearestCudaArgs& a, const T* x, uint32_t group, int slot, int lane,
+                                               Best& best) {
+  const int64_t first = static_cast<int64_t>(group) * 64 + 2 * (slot & 3);
+  for (int i = 0; i < 16; ++i) {
+    const int64_t v = first + 8 * (i / 2) + i % 2;
+    if (v < a.vocab) best.consider(exact_score(a, x, v, lane), v);
+  }
+}
+
+// What the slots and the wild rows allow; false: the whole table has to be searched.
+template <typename T>
+__device__ __forceinline__ bool decide(const NearestCudaArgs& a, const T* x, int64_t row, int lane, Best& best) {
+  const int count = static_cast<int>(a.parts) * kNearestSlots;
+  const NearestSlot* slots = a.slots + row * count;
+  float lower = -INFINITY;
+  for (int s = lane; s < count; s += 32) lower = fmaxf(lower, slots[s].lower);
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) lower = fmaxf(lower, __shfl_xor_sync(kWholeWarp, lower, mask));
+  for (int s = 0; s < count; ++s)
+    if (slots[s].third >= lower && slots[s].third > -INFINITY) return false;
+  for (int s = 0; s < count; ++s) {
+    const NearestSlot slot = slots[s];
+    const uint32_t first_group = slot.groups & 0xFFFFu, second_group = slot.groups >> 16;
+    if (first_group != kNoGroup && slot.first >= lower) consider_group(a, x, first_group, s, lane, best);
+    if (second_group != kNoGroup && slot.second >= lower) consider_group(a, x, second_group, s, lane, best);
+  }
+  for (int i = 1; i <= __ldg(a.wild); ++i) best.consider(exact_score(a, x, __ldg(a.wild + i), lane), a.wild[i]);
+  return true;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kRerankRows * 32) nearest_rerank_kernel(const __grid_constant__ NearestCudaArgs a) {
+  PDS_SHARED_MEMORY(shared);
+  Best* bests = reinterpret_cast<Best*>(shared);   // of the warps
+  int* open = reinterpret_cast<int*>(bests + kRerankRows);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kRerankRows, row = first + warp;
+  const T* x = static_cast<const T*>(a.x);
+  Best best;
+  bool decided = true;
+  if (row < a.rows && a.margins[2 * row + 1] == a.margins[2 * row + 1])   // a row with NaN stays at 0
+    decided = a.margins[2 * row] < INFINITY && decide(a, x + row * a.dim, row, lane, best);
+  if (lane == 0) open[warp] = !decided;
+  __syncthreads();
+  for (int r = 0; r < kRerankRows; ++r) {
+    if (open[r] == 0) continue;
+    Best part;
+    for (int64_t v = warp; v < a.vocab; v += kRerankRows)
+      part.consider(exact_score(a, x + (first + r) * a.dim, v, lane), v);
+    if (lane == 0) bests[warp] = part;
+    __syncthreads();
+    if (warp == r) {
+      best = Best();
+      for (int i = 0; i < kRerankRows; ++i) best.consider(bests[i].score, bests[i].id);
+    }
+    __syncthreads();
+  }
+  if (row >= a.rows) return;
+  if (lane == 0) a.ids[row] = best.id;
+  const T* from = static_cast<const T*>(a.table) + best.id * a.dim;
+  T* to = static_cast<T*>(a.embeddings) + row * a.dim;
+  for (int64_t k = lane; k < a.dim; k += 32) to[k] = from[k];
+}
+
+// --- Launches ---
+
+template <typename T>
+cudaError_t run(const NearestCudaArgs& args, const Launch& launch, int most_shared) {
+  const int64_t warps = kFilterThreads / 32, row_tiles = (args.rows + kNearestTile - 1) / kNearestTile;
+  cudaError_t status = start(&nearest_prepare_kernel<T>, Grid{(args.rows + warps - 1) / warps, kFilterThreads, 0}, launch, args);
+  if (status != cudaSuccess) return status;
+  const int64_t resident = kMarginBytes + (args.padded / kNearestChunk + 3) * kChunkBytes;
+  const bool fits = resident <= most_shared;
+  const Grid grid{row_tiles * args.parts, kFilterThreads, static_cast<size_t>(fits ? resident : kMarginBytes + 4 * kChunkBytes)};
+  status = fits ? start(&nearest_filter_kernel<true, 3>, grid, launch, args)
+                : start(&nearest_filter_kernel<false, 2>, grid, launch, args);
+  if (status != cudaSuccess) return status;
+  const size_t shared = kRerankRows * (sizeof(Best) + sizeof(int));
+  return start(&nearest_rerank_kernel<T>, Grid{(args.rows + kRerankRows - 1) / kRerankRows, kRerankRows * 32, shared}, launch,
+               args);
+}
+
+}  // namespace
+
+int64_t nearest_parts(int64_t rows, int64_t tiles, int device) {
+  int processors = 0;
+  const cudaError_t status = enter_device(device, processors);
+  if (status != cudaSuccess) return -static_cast<int64_t>(status);
+  const int64_t row_tiles = std::max<int64_t>(1, (rows + kNearestTile - 1) / kNearestTile);
+  const int64_t wanted = std::min(tiles, std::max<int64_t>(1, (2 * processors + row_tiles - 1) / row_tiles));
+  const int64_t tiles_per_part = (tiles + wanted - 1) / wanted;
+  return (tiles + tiles_per_part - 1) / tiles_per_part;
+}
+
+Status nearest_search(const NearestCudaArgs& args, const Launch& launch) {
+  if (args.rows == 0) return cudaSuccess;
+  int processors = 0, most_shared = 0;
+  cudaError_t status = enter_device(launch.device, processors);
+  if (status == cudaSuccess)
+    status = cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, launch.device);
+  if (status != cudaSuccess) return status;
+  switch (launch.dtype) {
+    case FloatType::float32: return run<float>(args, launch, most_shared);
+    case FloatType::bfloat16: return run<__nv_bfloat16>(args, launch, most_shared);
+    case FloatType::float16: return run<__half>(args, launch, most_shared);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace cuda
+}  // namespace pds
