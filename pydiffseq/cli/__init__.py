@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from pydiffseq.errors import InputError
 from pydiffseq.version import __version__
 
-# name -> one-line help. The module pydiffseq.cli.<name> is imported only when its command is called.
+# name -> one-line help. The module pydiffseq.cli.<name>, with _ for -, is imported only when its command is called.
 COMMANDS = {
     "info": "versions, devices, compiled kernels, and what is missing with the command that mends it",
     "convert": "turn official weights into a checkpoint that the fairseq commands read",
     "evaluate": "the papers' metrics: BLEU, ROUGE, BERTScore, and the diversity of candidates",
     "export": "make a small checkpoint for translation from a training checkpoint",
     "mbr": "choose one candidate per sentence by minimum Bayes risk",
+    "merge-generate": "merge what fairseq-generate wrote in shards, in the order of the sentences",
     "prepare": "turn parallel text into fairseq's binarised data with a joint vocabulary",
 }
 
@@ -44,7 +45,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     for name, summary in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary, formatter_class=HelpFormatter)
         if name == command:
-            module = importlib.import_module(f"pydiffseq.cli.{name}")
+            module = importlib.import_module(f"pydiffseq.cli.{name.replace('-', '_')}")
             subparser.description = module.__doc__
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)

@@ -8,17 +8,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from pydiffseq import ops
 from pydiffseq.decoding.candidates import Piece, candidate_lengths, split_candidates
 from pydiffseq.decoding.mbr import MBR_DIRECTIONS, SMOOTHINGS, TOKEN_METRICS, mbr_order
 from pydiffseq.decoding.model import DenoisingNetwork
-from pydiffseq.decoding.updates import choose_update
-from pydiffseq.diffusion import SOLVERS, StepList, uniform_steps, xy_steps
+from pydiffseq.decoding.run import DenoisingRun
+from pydiffseq.diffusion import SOLVERS, SPACINGS
 from pydiffseq.diffusion.steps import ENDS
 from pydiffseq.nn.freeze import freeze
 
 ROUNDINGS = ("off", "every", "from", "until")
 FINALS = ("x0_hat", "state")
+STEP_LISTS = ("auto", *SPACINGS)
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,10 @@ class DecodeOptions:
 
     Attributes:
         steps: number of network calls per candidate.
+        step_list: how the steps are spaced: ``auto`` (AR-Diffusion's stride over the sentence indices for a network with
+            one timestep per token, else ``uniform``), or one of :data:`pydiffseq.diffusion.SPACINGS`.
+        visited: the timesteps themselves, falling in 0..T-1, in place of ``steps`` and ``step_list``.
+        patience: a candidate is done when its tokens have not changed for so many steps in a row; 0: never early.
         solver: a key of :data:`pydiffseq.diffusion.SOLVERS`.
         length_beam: how many of the likeliest lengths to try (1 with the ``pad`` policy).
         noise_beam: candidates per length, which differ in their noise.
@@ -47,10 +51,13 @@ class DecodeOptions:
         history: keep every step's tokens.
 
     Raises:
-        ValueError: an unknown choice, or a count below 1.
+        ValueError: an unknown choice, a count below 1, or patience with ``final='state'`` or with ``absorb_rate``.
     """
 
     steps: int = 20
+    step_list: str = "auto"
+    visited: tuple[int, ...] | None = None
+    patience: int = 0
     solver: str = "skip"
     length_beam: int = 1
     noise_beam: int = 1
@@ -68,8 +75,9 @@ class DecodeOptions:
     history: bool = False
 
     def __post_init__(self) -> None:
-        choices = {"solver": tuple(SOLVERS), "rounding": ROUNDINGS, "step_end": ENDS, "final": FINALS,
-                   "mbr_metric": TOKEN_METRICS, "mbr_smoothing": SMOOTHINGS, "mbr_direction": MBR_DIRECTIONS}
+        choices = {"step_list": STEP_LISTS, "solver": tuple(SOLVERS), "rounding": ROUNDINGS, "step_end": ENDS,
+                   "final": FINALS, "mbr_metric": TOKEN_METRICS, "mbr_smoothing": SMOOTHINGS,
+                   "mbr_direction": MBR_DIRECTIONS}
         for name, accepted in choices.items():
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {getattr(self, name)!r}")
@@ -80,6 +88,12 @@ class DecodeOptions:
             raise ValueError(f"noise_limit must be a number of standard deviations, or 0 for none, got {self.noise_limit}")
         if not 0.0 <= self.absorb_rate <= 1.0:
             raise ValueError(f"absorb_rate must be in [0, 1], got {self.absorb_rate}")
+        if self.patience < 0:
+            raise ValueError(f"patience must be >= 0, got {self.patience}")
+        if self.patience and self.final == "state":
+            raise ValueError("patience needs final 'x0_hat', got 'state', which has noise in it until the last step")
+        if self.patience and self.absorb_rate:
+            raise ValueError("patience and absorb_rate do not go together, got both")
 
 
 @dataclass
@@ -90,12 +104,14 @@ class Hypothesis:
         tokens: int64 ``[len]``, without ``</s>`` and padding.
         token_scores: float32 ``[len]``, their log probabilities (base e).
         score: how it ranks, higher is better; see :func:`decode`.
+        steps: network calls that it took.
         history: with ``DecodeOptions.history`` the tokens of every step's x0_hat, int64 ``[len of the step]`` each.
     """
 
     tokens: Tensor
     token_scores: Tensor
     score: float
+    steps: int = 0
     history: list[Tensor] = field(default_factory=list)
 
 
@@ -107,6 +123,9 @@ class Decoder:
 
     Args:
         model: a network in evaluation mode. After a change of its weights make a new decoder.
+
+    Attributes:
+        steps_planned, steps_run: denoising steps of all candidates so far, by the step lists and after early stops.
 
     Raises:
         ValueError: the model is in training mode, ``rounding_step`` is outside 0..T, or ``absorb_rate`` is given for a
@@ -125,6 +144,7 @@ class Decoder:
         self.options = options
         self.model = cast(DenoisingNetwork, freeze(cast(torch.nn.Module, model)))
         self.table = self.model.embedding.table()
+        self.steps_planned = self.steps_run = 0
 
     @torch.no_grad()
     def __call__(self, src_tokens: Tensor, ids: Tensor) -> list[list[Hypothesis]]:
@@ -147,15 +167,17 @@ class Decoder:
         candidates = torch.arange(chosen.start, chosen.stop, device=lengths.device)
         rows = (candidates << 32) | ids[sentences, None]
         part = encoded if len(sentences) == len(lengths) else encoded.select(sentences)
-        run = _DenoisingRun(self, part, lengths[sentences, chosen].flatten(), piece.width, rows.flatten())
-        tokens, scores = run.tokens()
+        run = DenoisingRun(self.model, self.options, self.table, part, lengths[sentences, chosen].flatten(), piece.width,
+                           rows.flatten())
+        tokens, scores, steps = run.tokens()
+        self.steps_planned, self.steps_run = self.steps_planned + run.planned, self.steps_run + run.made
         kept = lengths_or_0[sentences, chosen].flatten()
         words = self._words(tokens, kept)
         past = [(step, self._words(step, kept)) for step in run.history]
         owners = [sentence for sentence in piece.sentences for _ in piece.candidates]
-        for row, owner in enumerate(owners):
-            history = [step[row][keep[row]] for step, keep in past]
-            groups[owner].append(Hypothesis(tokens[row][words[row]], scores[row][words[row]], 0.0, history))
+        for row, (owner, count) in enumerate(zip(owners, steps.tolist(), strict=True)):
+            history = [step[row][keep[row]] for step, keep in past[:count]]
+            groups[owner].append(Hypothesis(tokens[row][words[row]], scores[row][words[row]], 0.0, count, history))
 
     def _words(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Where the words of rows ``[M, N]`` are, bool: within the length, before the first ``</s>``, no other special."""
@@ -185,73 +207,6 @@ def decode(model: DenoisingNetwork, src_tokens: Tensor, ids: Tensor, options: De
             ``candidate_tokens``.
     """
     return Decoder(model, options)(src_tokens, ids)
-
-
-class _DenoisingRun:
-    """One pass of a solver over the candidates of a piece, and the tokens that come out."""
-
-    def __init__(self, decoder: Decoder, encoded: Any, lengths: Tensor, width: int, rows: Tensor) -> None:
-        self.decoder, self.model, self.options = decoder, decoder.model, decoder.options
-        self.encoded, self.lengths, self.width, self.rows = encoded, lengths, width, rows
-        inside = torch.arange(self.width, device=lengths.device) < lengths[:, None]
-        self.mask = inside if self.model.length_head is not None else None
-        self.x_self: Tensor | None = None
-        self.history: list[Tensor] = []
-
-    def denoise(self, x: Tensor, t: Tensor) -> Tensor:
-        """x0_hat ``[M, N, d]`` of the state ``x`` at timesteps ``t`` ``[M]`` or ``[M, N]``, rounded if so wanted.
-
-        The solver's states and predictions count from the absorbing vector, where there is one: noise drifts to it.
-        """
-        shift = self.model.absorbing
-        if shift is not None:
-            x = x + shift
-        t = t.expand(x.shape[:2]) if t.dim() == 2 else t.view(-1, 1).expand(x.shape[:2])
-        x0_hat = self.model.denoise(x, t, self.encoded, self.mask, self.x_self, self.lengths)
-        x0_hat = self._round(x0_hat, t)
-        self.x_self = x0_hat
-        if self.options.history:
-            self.history.append(self._argmax(x0_hat))
-        return x0_hat if shift is None else x0_hat - shift
-
-    def _round(self, x0_hat: Tensor, t: Tensor) -> Tensor:
-        """The nearest embeddings, at the timesteps where they are wanted."""
-        o = self.options
-        if o.rounding == "off":
-            return x0_hat
-        rounded = ops.nearest(x0_hat, self.decoder.table)[1]
-        if o.rounding == "every":
-            return rounded
-        wanted = t <= o.rounding_step if o.rounding == "from" else t >= o.rounding_step
-        return torch.where(wanted[..., None], rounded, x0_hat)
-
-    def _steps(self) -> StepList:
-        """Per-token timesteps for a network that was trained on them, else one timestep per sentence."""
-        o, c = self.options, self.model.config
-        if c.timestep_sampler != "xy_uniform":
-            return uniform_steps(c.diffusion_steps, o.steps, o.step_end)
-        shared = self.mask is None and bool(self.lengths.eq(self.lengths[0]).all())
-        lengths = self.lengths[:1] if shared else self.lengths
-        return xy_steps(c.diffusion_steps, lengths, self.width, o.steps, c.anchor_scale, o.step_end)
-
-    def _argmax(self, x: Tensor) -> Tensor:
-        return self.model.embedding.likeliest(x)
-
-    def tokens(self) -> tuple[Tensor, Tensor]:
-        """Token ids int64 ``[M, N]`` and their log probabilities float32 ``[M, N]``."""
-        o, c, table = self.options, self.model.config, self.decoder.table
-        seed = ops.draw_seed(o.seed)
-        shape = (len(self.lengths), self.width, c.latent_dim)
-        x = ops.philox_normal(shape, seed=seed, rows=self.rows, dtype=table.dtype, device=table.device)
-        steps, schedule = self._steps(), self.model.schedule
-        state, x0_hat = SOLVERS[o.solver](
-            self.denoise, x, steps, schedule, seed=seed, rows=self.rows,
-            update=choose_update(o.noise_limit, o.absorb_rate, steps, schedule))
-        latent = x0_hat if o.final == "x0_hat" else state
-        if self.model.absorbing is not None:
-            latent = latent + self.model.absorbing
-        tokens = self._argmax(latent)
-        return tokens, -self.model.embedding.nll(latent, tokens)
 
 
 def _rank(group: list[Hypothesis], options: DecodeOptions) -> list[Hypothesis]:

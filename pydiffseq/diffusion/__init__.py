@@ -1,8 +1,32 @@
 """Diffusion on tensors: noise schedules, token timesteps, step lists and solvers. Pure functions, no ``nn.Module``."""
 
 from pydiffseq.diffusion.schedules import SCHEDULES, NoiseSchedule, make_schedule, model_time
-from pydiffseq.diffusion.solvers import SOLVERS, ancestral, ddim, ddim_coefficients, get_solver, skip, skip_coefficients
-from pydiffseq.diffusion.steps import StepList, ancestral_steps, skip_indices, uniform_steps, xy_steps
+from pydiffseq.diffusion.solvers import (
+    SOLVERS,
+    ancestral,
+    cedi,
+    cedi_timesteps,
+    ddim,
+    ddim_coefficients,
+    dpmpp2m,
+    dpmpp2m_refeed,
+    get_solver,
+    skip,
+    skip_coefficients,
+)
+from pydiffseq.diffusion.steps import (
+    SPACINGS,
+    StepList,
+    ancestral_steps,
+    check_visited,
+    read_visited,
+    sentence_steps,
+    skip_indices,
+    spaced_timesteps,
+    token_steps,
+    uniform_steps,
+    xy_steps,
+)
 from pydiffseq.diffusion.token_times import (
     TIMESTEP_SAMPLERS,
     LossAwareSampler,
@@ -16,6 +40,7 @@ from pydiffseq.diffusion.token_times import (
 __all__ = [
     "SCHEDULES",
     "SOLVERS",
+    "SPACINGS",
     "TIMESTEP_SAMPLERS",
     "LossAwareSampler",
     "NoiseSchedule",
@@ -25,15 +50,24 @@ __all__ = [
     "XYUniformSampler",
     "ancestral",
     "ancestral_steps",
+    "cedi",
+    "cedi_timesteps",
+    "check_visited",
     "ddim",
     "ddim_coefficients",
+    "dpmpp2m",
+    "dpmpp2m_refeed",
     "get_solver",
     "make_schedule",
     "make_timestep_sampler",
     "model_time",
+    "read_visited",
+    "sentence_steps",
     "skip",
     "skip_coefficients",
     "skip_indices",
+    "spaced_timesteps",
+    "token_steps",
     "uniform_steps",
     "xy_steps",
     "xy_token_timesteps",

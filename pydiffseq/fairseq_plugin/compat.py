@@ -40,7 +40,7 @@ def apply() -> None:
     if not hasattr(data_utils.batch_by_size, "__wrapped__"):
         data_utils.batch_by_size = keeping_last_batch(data_utils.batch_by_size)
     if not hasattr(options.parse_args_and_arch, "__wrapped__"):
-        options.parse_args_and_arch = without_implied_tpu(options.parse_args_and_arch)
+        options.parse_args_and_arch = generating_a_shard(without_implied_tpu(options.parse_args_and_arch))
     if not hasattr(utils.import_user_module, "__wrapped__"):
         utils.import_user_module = accept_own_user_dir(utils.import_user_module)
 
@@ -121,6 +121,30 @@ def without_implied_tpu(parse: Callable) -> Callable:
         words = sys.argv[1:] if input_args is None else input_args
         if getattr(namespace, "tpu", False) and "--tpu" not in words:
             namespace.tpu = False
+        return result
+
+    return parse_args_and_arch
+
+
+def generating_a_shard(parse: Callable) -> Callable:
+    """Wrap ``options.parse_args_and_arch`` so that fairseq-generate obeys ``--num-shards`` and ``--shard-id``.
+
+    It reads the options of distributed training instead, which also leave out sentences where there are several GPUs. In
+    a process of torchrun, without ``--num-shards``, the shard is the rank's.
+    """
+
+    @functools.wraps(parse)
+    def parse_args_and_arch(*args: typing.Any, **kwargs: typing.Any) -> typing.Any:
+        result = parse(*args, **kwargs)
+        namespace = result[0] if isinstance(result, tuple) else result
+        if not hasattr(namespace, "retain_iter_history") or hasattr(namespace, "buffer_size"):
+            return result   # training, validation, fairseq-interactive
+        shards, shard = namespace.num_shards, namespace.shard_id
+        if not 0 <= shard < shards:
+            raise InputError(f"--shard-id must be in 0..{shards - 1} with --num-shards {shards}, got {shard}")
+        if shards == 1:
+            shards, shard = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        namespace.distributed_world_size, namespace.distributed_rank = shards, shard
         return result
 
     return parse_args_and_arch

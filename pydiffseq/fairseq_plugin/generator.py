@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import weakref
+from collections import Counter
 from typing import Any, cast
 
 import torch
@@ -11,6 +14,8 @@ from pydiffseq.decoding import DecodeOptions, Decoder, Hypothesis
 from pydiffseq.decoding.model import DenoisingNetwork
 from pydiffseq.errors import InputError, input_errors
 from pydiffseq.fairseq_plugin.model import DiffusionFairseqModel
+
+logger = logging.getLogger(__name__)
 
 
 class DiffusionGenerator:
@@ -22,6 +27,9 @@ class DiffusionGenerator:
         self.symbols_to_strip_from_output = {self.eos, self.pad}
         self._decoder: Decoder | None = None
         self._decodes: tuple = ()
+        self._steps = Counter[str]()
+        if options.patience:   # fairseq does not tell a generator when it is done
+            weakref.finalize(self, _log_saved_steps, self._steps)
 
     @torch.no_grad()
     def generate(self, models, sample: dict[str, Any], prefix_tokens: Tensor | None = None,
@@ -40,7 +48,10 @@ class DiffusionGenerator:
         source = sample["net_input"]["src_tokens"]
         ids = sample["id"] if sample.get("id") is not None else _content_ids(source, self.pad)
         with input_errors():
-            hypotheses = self._decoder_of(model)(source, ids.to(source.device))
+            decoder = self._decoder_of(model)
+            before = decoder.steps_planned, decoder.steps_run
+            hypotheses = decoder(source, ids.to(source.device))
+        self._steps.update(planned=decoder.steps_planned - before[0], run=decoder.steps_run - before[1])
         return [[self._as_fairseq(hypothesis) for hypothesis in group] for group in hypotheses]
 
     def _decoder_of(self, model: DiffusionFairseqModel) -> Decoder:
@@ -61,9 +72,16 @@ class DiffusionGenerator:
             "positional_scores": hypothesis.token_scores.clone(),   # fairseq divides it in place
             "alignment": None,
             "attention": None,
-            "steps": self.options.steps,
+            "steps": hypothesis.steps,
             "history": [{"tokens": tokens} for tokens in hypothesis.history],
         }
+
+
+def _log_saved_steps(steps: Counter[str]) -> None:
+    if steps["planned"]:
+        saved = steps["planned"] - steps["run"]
+        logger.info("early stopping saved %d of %d denoising steps (%.1f %%)", saved, steps["planned"],
+                    100 * saved / steps["planned"])
 
 
 def _content_ids(source: Tensor, pad: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 from argparse import Namespace
 from dataclasses import dataclass, field
 
@@ -14,9 +15,9 @@ from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from omegaconf import OmegaConf
 
 from pydiffseq.decoding import MBR_DIRECTIONS, DecodeOptions
-from pydiffseq.decoding.decode import FINALS, ROUNDINGS
+from pydiffseq.decoding.decode import FINALS, ROUNDINGS, STEP_LISTS
 from pydiffseq.decoding.mbr import SMOOTHINGS, TOKEN_METRICS
-from pydiffseq.diffusion import SOLVERS
+from pydiffseq.diffusion import SOLVERS, check_visited, read_visited
 from pydiffseq.diffusion.steps import ENDS
 from pydiffseq.errors import InputError, input_errors
 from pydiffseq.fairseq_plugin.criterion import DiffusionCriterion, DiffusionCriterionConfig
@@ -33,6 +34,11 @@ class DiffusionSeq2SeqConfig(TranslationConfig):
 
     left_pad_source: bool = field(default=False, metadata={"help": "pad the source on the left"})
     decode_steps: int = field(default=DEFAULTS.steps, metadata={"help": "network calls per candidate"})
+    step_list: str = field(default=DEFAULTS.step_list, metadata={
+        "help": f"spacing of the steps: {', '.join(STEP_LISTS)}; or a file of falling timesteps in 0..T-1, one for each "
+                "network call"})
+    early_stop: int = field(default=DEFAULTS.patience, metadata={
+        "help": "stop a candidate whose tokens have not changed for so many steps in a row (0: never)"})
     solver: ChoiceEnum(tuple(SOLVERS)) = field(  # type: ignore[valid-type]
         default=DEFAULTS.solver, metadata={"help": "how a step is taken"})
     length_beam: int = field(default=DEFAULTS.length_beam, metadata={
@@ -143,7 +149,8 @@ class DiffusionSeq2SeqTask(TranslationTask):
 
         with input_errors():
             options = DecodeOptions(
-                steps=value("decode_steps"), solver=str(value("solver")), length_beam=value("length_beam"),
+                steps=value("decode_steps"), **self._step_list(value("step_list"), models[0]),
+                patience=value("early_stop"), solver=str(value("solver")), length_beam=value("length_beam"),
                 noise_beam=value("noise_beam"), rounding=str(value("rounding")), rounding_step=value("rounding_step"),
                 noise_limit=value("noise_limit"), absorb_rate=value("absorb_rate"), step_end=str(value("step_end")),
                 final=str(value("final")), mbr_metric=str(value("mbr_metric")),
@@ -155,6 +162,16 @@ class DiffusionSeq2SeqTask(TranslationTask):
             logger.warning("--nbest %d, but only %d candidate(s): raise --noise-beam or --length-beam",
                            args.nbest, candidates)
         return DiffusionGenerator(self.target_dictionary, options)
+
+    @staticmethod
+    def _step_list(name: str, model) -> dict:
+        """The options of ``--step-list``: a spacing, or the timesteps of a file."""
+        if name in STEP_LISTS:
+            return {"step_list": name}
+        if not os.path.isfile(name):
+            raise InputError(f"--step-list must be one of {', '.join(STEP_LISTS)} or a file, got {name!r}")
+        return {"visited": tuple(check_visited(f"step list {name}", read_visited(name),
+                                               model.network().config.diffusion_steps))}
 
     def build_dataset_for_inference(self, src_tokens, src_lengths, constraints=None, **unused) -> LanguagePairDataset:
         """The lines of fairseq-interactive, cut under ``--truncate-source`` as fairseq cuts those of a data folder."""

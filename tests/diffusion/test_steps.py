@@ -5,7 +5,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pydiffseq.diffusion import ancestral_steps, skip_indices, uniform_steps, xy_steps, xy_token_timesteps
+from pydiffseq.diffusion import (
+    SCHEDULES,
+    SPACINGS,
+    ancestral_steps,
+    check_visited,
+    make_schedule,
+    read_visited,
+    sentence_steps,
+    skip_indices,
+    spaced_timesteps,
+    token_steps,
+    uniform_steps,
+    xy_steps,
+    xy_token_timesteps,
+)
 
 
 @pytest.mark.parametrize(("steps", "expected"), [
@@ -119,3 +133,63 @@ def test_bad_names():
         xy_steps(10, 5, 5, 2, end="cleen")
     with pytest.raises(ValueError, match="anchor scale"):
         xy_steps(10, 5, 5, 2, anchor_scale=0)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("steps", [1, 2, 3, 20, 100, 199, 200])
+def test_every_spacing_falls_from_the_top_once_for_each_step(spacing, schedule, steps):
+    visited = spaced_timesteps(spacing, make_schedule(schedule, 200), steps)
+    assert len(visited) == steps and visited[0] == 199
+    assert check_visited("list", visited, 200) == visited
+
+
+def test_quadratic_and_log_snr_spacing():
+    schedule = make_schedule("sqrt")
+    assert spaced_timesteps("quadratic", schedule, 5) == [1999, 1279, 720, 320, 80]
+    assert spaced_timesteps("stride", schedule, 3) == [1999, 1333, 667]
+    visited = torch.tensor(spaced_timesteps("logsnr", schedule, 6))
+    level = (schedule.abar / (1 - schedule.abar)).log()
+    wanted = torch.linspace(float(level[-1]), float(level[0]), 7)[:-1].double()
+    assert visited[0] == 1999 and bool((level[visited][1:] >= wanted[1:]).all())
+    assert bool((level[visited[3:] + 1] < wanted[3:]).all())   # 1998 and 1997 are next to 1999, where it falls steeply
+
+
+def test_uniform_spacing_is_the_uniform_list():
+    for end in ("clean", "zero"):
+        for steps in (1, 3, 20, 50):
+            assert sentence_steps(spaced_timesteps("uniform", make_schedule("sqrt", 50), steps), end) == uniform_steps(
+                50, steps, end)
+
+
+@pytest.mark.parametrize("end", ["clean", "zero"])
+def test_token_steps_scale_the_list_to_each_length(end):
+    lengths, visited = torch.tensor([4, 9]), [49, 30, 11]
+    together = token_steps(50, visited, lengths, 9, end=end)
+    assert len(together) == 3
+    for (t, u), v in zip(together, visited, strict=True):
+        for row, N in enumerate((4, 9)):
+            s = torch.tensor([round(v * (50 + N - 1) / 49)])
+            assert torch.equal(t[row, :N], xy_token_timesteps(s, torch.tensor([N]), N, 50)[0])
+        assert bool((u <= t).all())
+    index = torch.zeros_like(lengths)
+    target = torch.full((2, 9), -1) if end == "clean" else xy_token_timesteps(index, lengths, 9, 50)
+    assert torch.equal(together[-1][1].expand(2, 9), target)
+
+
+def test_step_list_files(tmp_path):
+    path = tmp_path / "steps.txt"
+    path.write_text("# few\n1999, 1500\t900\n\n 12 # last\n")
+    assert read_visited(path) == [1999, 1500, 900, 12]
+    path.write_text("1999\n15.5\n")
+    with pytest.raises(ValueError, match=r"steps.txt, line 2: must be integers, got '15.5'"):
+        read_visited(path)
+    for visited, message in (([], "at least one"), ([5, 5], "must fall, got 5 after 5 at place 2"),
+                             ([5, 7], "must fall, got 7 after 5 at place 2"), ([50], "in 0..49, got 50 at place 1"),
+                             ([5, -1], "in 0..49, got -1 at place 2")):
+        with pytest.raises(ValueError, match=f"the list .*{message}"):
+            check_visited("the list", visited, 50)
+    with pytest.raises(ValueError, match="unknown spacing 'cubic'.*uniform, quadratic, logsnr, stride"):
+        spaced_timesteps("cubic", make_schedule("sqrt", 50), 3)
+    with pytest.raises(ValueError, match=r"must be in 1\.\.50 .*, got 51"):
+        spaced_timesteps("uniform", make_schedule("sqrt", 50), 51)

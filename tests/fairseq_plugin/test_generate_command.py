@@ -6,6 +6,7 @@ import pytest
 from toy import command, script
 
 from pydiffseq.diffusion import SOLVERS
+from pydiffseq.errors import InputError
 
 
 def generate(data, path, *words):
@@ -106,3 +107,61 @@ def test_interactive_long_line(data, trained):
 def test_prefix_and_constraints_are_refused(data, trained):
     with pytest.raises(ValueError, match="--prefix-size"):
         generate(data, trained, "--prefix-size", 1)
+
+
+def merged(tmp_path, capsys, *outputs):
+    from pydiffseq.cli import main
+
+    paths = [tmp_path / f"{i}.txt" for i in range(len(outputs))]
+    for path, output in zip(paths, outputs, strict=True):
+        path.write_text(output)
+    capsys.readouterr()
+    assert main(["merge-generate", *map(str, paths)]) == 0
+    return capsys.readouterr().out
+
+
+def test_shards_together_are_what_one_process_writes(data, trained, tmp_path, capsys, monkeypatch):
+    words = ["--scoring", "sacrebleu", "--remove-bpe", "sentencepiece", "--decode-steps", 2, "--noise-beam", 2,
+             "--nbest", 2]
+    whole = merged(tmp_path, capsys, generate(data, trained, *words).out)
+    shards = [generate(data, trained, *words, "--num-shards", 3, "--shard-id", i) for i in range(3)]
+    numbers = [sorted(run.lines("D")) for run in shards]
+    assert all(numbers) and sorted(sum(numbers, [])) == list(range(12))
+    assert merged(tmp_path, capsys, *(run.out for run in reversed(shards))) == whole
+    monkeypatch.setenv("WORLD_SIZE", "2")   # torchrun
+    ranks = []
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        ranks.append(generate(data, trained, *words).out)
+    assert merged(tmp_path, capsys, *ranks) == whole
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (("--num-shards", 2, "--shard-id", 2), r"--shard-id must be in 0\.\.1 with --num-shards 2, got 2"),
+    (("--noise-beam", 0), "noise_beam must be >= 1, got 0"), (("--length-beam", -1), "length_beam must be >= 1, got -1"),
+    (("--candidate-tokens", 1), "candidate_tokens must hold one candidate of a sentence, here .* tokens, got 1"),
+    (("--early-stop", 1, "--final", "state"), "patience needs final 'x0_hat'"),
+    (("--step-list", "no-such"), "--step-list must be one of auto, uniform, .* or a file, got 'no-such'")])
+def test_bad_decoding_options(data, trained, words, message):
+    with pytest.raises(InputError, match=message):
+        generate(data, trained, *words)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("5 5", "must fall, got 5 after 5 at place 2"), ("2000 3", r"must hold timesteps in 0\.\.1999, got 2000 at place 1"),
+    ("7\nx", "line 2: must be integers, got 'x'"), ("# none", "must have at least one timestep")])
+def test_bad_step_list_files(data, trained, tmp_path, text, message):
+    (tmp_path / "steps").write_text(text)
+    with pytest.raises(InputError, match=f"step list {tmp_path}/steps.*{message}"):
+        generate(data, trained, "--step-list", tmp_path / "steps")
+
+
+def test_step_list_file_and_early_stops(data, trained, tmp_path):
+    (tmp_path / "steps").write_text("1999 1000\n10")
+    run = generate(data, trained, "--step-list", tmp_path / "steps", "--print-step")
+    assert all(fields == [["3"]] for fields in run.lines("I").values())
+    run = generate(data, trained, "--early-stop", 1, "--print-step", "--decode-steps", 20)
+    steps = [int(fields[0][0]) for fields in run.lines("I").values()]
+    assert min(steps) < 20
+    saved, = (message for _, message in run.log if message.startswith("early stopping saved"))
+    assert saved.startswith(f"early stopping saved {12 * 20 - sum(steps)} of 240 denoising steps") or len(set(steps)) > 1
