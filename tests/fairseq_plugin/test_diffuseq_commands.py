@@ -6,6 +6,7 @@ from test_generate_command import generate, interactive
 from test_hydra_command import hydra_train
 from toy import TRAIN, command, load, script, train
 
+from pydiffseq.cli import main
 from pydiffseq.errors import InputError
 
 SMALL = {"hidden-dim": 32, "ffn-dim": 64, "heads": 2, "latent-dim": 16, "time-dim": 16, "encoder-layers": 1,
@@ -54,6 +55,23 @@ def test_generate_validate_interactive(data, checkpoint):
     lines = ["ba da fi", "", "lo mi nu"]
     texts = interactive(data, checkpoint, lines, "--decode-steps", 2).lines("D")
     assert sorted(texts) == [0, 1, 2] and texts[1] == [["0.0", ""]]
+
+
+def test_export(data, checkpoint, tmp_path):
+    """The averaged weights alone translate as the checkpoint does."""
+    assert main(["export", str(checkpoint), str(tmp_path / "model.pt"), "--dtype", "float32"]) == 0
+    texts = [generate(data, path, "--decode-steps", 3).lines("D") for path in (checkpoint, tmp_path / "model.pt")]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(("arch", "precision"), [("diffuseq", "--bf16"), ("diffuseq_plus", "--amp")])
+def test_precisions(data, tmp_path, arch, precision):
+    run = train_diffuseq(data, tmp_path, precision, "--max-update", 3, "--soft-absorb", "--disable-validation", arch=arch)
+    assert len(run.stats("train_inner")) == 3
+    state = load(tmp_path / "checkpoint_last.pt")["model"]
+    assert all(value.isfinite().all() for value in state.values())
+    average = state["ema.module.embedding.weight"]
+    assert average.dtype == torch.float32 and not torch.equal(average, average.bfloat16().float())
 
 
 def test_generation_does_not_depend_on_the_batch(data, checkpoint):
