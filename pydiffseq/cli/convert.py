@@ -7,12 +7,16 @@ with it (pydiffseq prepare --srcdict). The file of weights is read without execu
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydiffseq.cli.export import read, write
+from pydiffseq.cli.prepare import require_fairseq
 from pydiffseq.errors import InputError, input_errors
 
 if TYPE_CHECKING:
@@ -99,7 +103,26 @@ def fairseq_checkpoint(system: str, network: nn.Module, weights: dict[str, Any],
     }
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what fairseq and hydra say of themselves while a configuration is made."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
 def run(args: argparse.Namespace) -> int:
+    require_fairseq("convert")
+    with quiet():
+        return convert(args)
+
+
+def convert(args: argparse.Namespace) -> int:
     from fairseq.data import Dictionary
 
     from pydiffseq.convert import SYSTEMS, load_official

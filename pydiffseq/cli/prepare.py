@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     check_destination(args.destdir, args.overwrite)
     started = time.monotonic()
     splits = find_splits(args)
-    require_fairseq()
+    require_fairseq("prepare")
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that it cleans up
     try:
         sizes = read_through(splits, args.quiet)
@@ -144,13 +144,13 @@ def read_through(splits: dict[str, Corpus], quiet: bool) -> dict[str, int]:
     return sizes
 
 
-def require_fairseq() -> None:
+def require_fairseq(command: str) -> None:
     # fairseq mentions at import what its speech tasks lack.
     logging.getLogger("fairseq.tasks.text_to_speech").setLevel(logging.WARNING)
     try:
         import fairseq.data  # noqa: F401
     except ImportError as error:
-        raise InputError(f"pydiffseq prepare needs fairseq ({error}): pip install fairseq-fixed") from error
+        raise InputError(f"pydiffseq {command} needs fairseq ({error}): pip install fairseq-fixed") from error
 
 
 def progress(items: Iterable[Item], label: str, total: int | None, quiet: bool) -> Iterator[Item]:
