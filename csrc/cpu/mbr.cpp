@@ -14,7 +14,7 @@ namespace pds {
 namespace PDS_ISA {
 namespace {
 
-constexpr int64_t kPairsPerTask = 1024;
+constexpr int64_t kPairsPerTask = 4096;   // about half a millisecond: waking a thread for less can cost more
 
 struct Entry {
   uint32_t id, times;
