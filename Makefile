@@ -1,4 +1,4 @@
-# make install | demo | test | translate | bench | kernels | lint | wheel     (make help explains each)
+# make install | demo | test | translate | bench | kernels | gpu-check | lint | wheel     (make help explains each)
 PYTHON ?= python3
 VENV   ?= .venv
 # Any torch >= 2.6 does; this one is pinned so that a CPU-only machine does not fetch CUDA packages by accident.
@@ -8,7 +8,7 @@ SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml pyd
 MODEL  := examples/tatoeba_de_en/model
 DEMO_MINUTES ?= 8
 
-.PHONY: help install demo test translate bench kernels lint wheel clean info
+.PHONY: help install demo test translate bench kernels gpu-check lint wheel clean info
 
 help:
 	@echo "make install    environment in $(VENV) and the compiled package"
@@ -17,6 +17,7 @@ help:
 	@echo "make test       the whole test suite"
 	@echo "make bench      CPU kernel benchmarks: JSON and a table in build/bench"
 	@echo "make kernels    compile the CUDA kernels with nvcc (no GPU needed); registers, spills, tensor-core instructions"
+	@echo "make gpu-check  on a CUDA machine, no network needed: build, tests, benchmarks, compute-sanitizer (under 10 minutes)"
 	@echo "make lint       ruff and mypy"
 	@echo "make wheel      build a wheel in dist/"
 
@@ -59,6 +60,10 @@ bench: $(VENV)/.installed
 # Needs nvcc only. Fails on an error, a warning, a spill, or a matrix kernel without tensor-core instructions.
 kernels:
 	$(PYTHON) tools/kernel_report.py --markdown build/kernels/kernels.md
+
+# Takes the Python at hand, which has torch for CUDA, and builds into pydiffseq/; results in build/gpu, or in $$OUT if that is set.
+gpu-check:
+	$(PYTHON) tools/gpu_check.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -1,0 +1,173 @@
+"""Timestep attention on a GPU: against float64, the CPU's dropout bits, graphs, streams, strides."""
+
+import sys
+import warnings
+
+import pytest
+import torch
+
+from pydiffseq.ops import _cuda, reference, timestep_attention
+
+pytestmark = pytest.mark.skipif(not (torch.cuda.is_available() and _cuda.compiled()),
+                                reason="needs a GPU and the CUDA kernels")
+DTYPES = [torch.bfloat16, torch.float16]
+attention = sys.modules["pydiffseq.ops.timestep_attention"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def self_check_passes():
+    """Without this the tests would compare the reference with itself."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _cuda.trusted("timestep_attention", device, attention._cuda_cases)
+
+
+def make(dtype, queries, keys, dim, batch=2, heads=3, tau="table", masked=True):
+    g = torch.Generator().manual_seed(queries * 1000 + keys + dim)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=g).to("cuda", dtype)
+
+    x = {"q": randn(batch, queries, heads, dim), "k": randn(batch, keys, heads, dim), "v": randn(batch, keys, heads, dim)}
+    x["tau"] = randn(11, heads, dim) if tau == "table" else randn(batch, keys, heads, dim)
+    x |= {"u": randn(heads, dim), "w": randn(heads, dim)}
+    timesteps = torch.randint(0, 11, (batch, keys), generator=g).cuda() if tau == "table" else None
+    mask = (torch.rand(batch, keys, generator=g) < 0.8).cuda() if masked else None
+    return x, {"timesteps": timesteps, "key_mask": mask}
+
+
+def outputs_and_grads(attend, x, dtype=None):
+    leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in x.values()]
+    out = attend(*leaves)
+    g = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to("cuda", x["q"].dtype).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, leaves, g)]
+
+
+def literal(q, k, v, tau, u, w, *, timesteps=None, key_mask=None):
+    tau = tau if timesteps is None else tau[timesteps]
+    scores = torch.einsum("bihd,bjhd->bhij", q + u, k) + torch.einsum("bihd,bjhd->bhij", q + w, tau)
+    scores = scores * q.shape[-1] ** -0.5
+    if key_mask is not None:
+        scores = scores.masked_fill(~key_mask[:, None, None], -torch.inf)
+    return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1).nan_to_num(0.0), v)
+
+
+def error(a, b):
+    return ((a.double() - b).norm() / b.norm().clamp_min(1e-12)).item()
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
+@pytest.mark.parametrize("queries, keys", [(1, 1), (7, 41), (41, 7), (64, 64), (127, 129), (513, 300)])
+@pytest.mark.parametrize("dim", [16, 32, 40, 64, 96, 128])
+@pytest.mark.parametrize("tau", ["table", "direct"])
+def test_error_against_float64_is_at_most_twice_torchs(dtype, queries, keys, dim, tau):
+    x, options = make(dtype, queries, keys, dim, tau=tau, masked=keys > 7)
+    exact = outputs_and_grads(lambda *a: literal(*a, **options), x, torch.float64)
+    torchs = outputs_and_grads(lambda *a: literal(*a, **options), x)
+    ours = outputs_and_grads(lambda *a: timestep_attention(*a, **options), x)
+    for our, theirs, truth in zip(ours, torchs, exact, strict=True):
+        small = (our.double() - truth).norm() <= 4 * torch.finfo(dtype).eps * truth.numel() ** 0.5
+        assert small or error(our, truth) <= max(2 * error(theirs, truth), 4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropout_bits_are_those_of_the_cpu_in_both_directions(dtype):
+    keys, q = 64, torch.zeros(1, 130, 2, 64, dtype=dtype, device="cuda", requires_grad=True)
+    v = torch.eye(keys, dtype=dtype, device="cuda")[None, :, None].expand(1, keys, 2, keys).clone().requires_grad_()
+    keep = reference.attention_keep_mask(torch.tensor([-3]), 32768, 1, 2, 130, keys, "cuda").transpose(1, 2)
+    for seed in (-3, torch.tensor([-3], device="cuda")):
+        out = timestep_attention(q, torch.zeros_like(v), v, dropout_p=0.5, seed=seed)
+        assert torch.equal(out != 0, keep)
+        grad_v, = torch.autograd.grad(out.sum(), v)
+        torch.testing.assert_close(grad_v[0, :, :, 0].float(), keep[0].sum(0).T * 2 / keys, rtol=1e-2, atol=0)
+
+
+def test_the_same_bits_every_time_also_for_a_table():
+    x, options = make(torch.bfloat16, 300, 300, 64, batch=8)
+    runs = [outputs_and_grads(lambda *a: timestep_attention(*a, **options, dropout_p=0.1, seed=4), x) for _ in range(3)]
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+def test_fully_masked_sentences_and_unread_padding():
+    x, options = make(torch.bfloat16, 33, 90, 64)
+    options["key_mask"][0] = False
+    options["key_mask"][1, 50:] = False
+    first = timestep_attention(*x.values(), **options)
+    assert torch.equal(first[0], torch.zeros_like(first[0])) and first.isfinite().all()
+    x["k"][1, 50:] = torch.nan
+    x["v"][1, 50:] = torch.nan
+    assert torch.equal(first, timestep_attention(*x.values(), **options))
+
+
+def test_a_timestep_outside_the_table_is_nan_where_it_is_attended_to():
+    x, options = make(torch.bfloat16, 9, 20, 32, masked=False)
+    options["timesteps"][1, 3] = 11
+    out = timestep_attention(*x.values(), **options)
+    assert out[0].isfinite().all() and out[1].isnan().all()
+
+
+@pytest.mark.parametrize("batch, queries, keys", [(0, 3, 3), (2, 0, 3), (2, 3, 0)])
+def test_empty(batch, queries, keys):
+    x, options = make(torch.bfloat16, queries, keys, 32, batch=batch)
+    for ours, like in zip(outputs_and_grads(lambda *a: timestep_attention(*a, **options), x), (x["q"], *x.values()),
+                          strict=True):
+        assert ours.shape == like.shape and not ours.any()
+
+
+def test_strided_and_unaligned_inputs():
+    qkv = torch.randn(3, 70, 3, 2, 64, device="cuda").bfloat16()
+    expected = timestep_attention(*(x.contiguous() for x in qkv.unbind(2)))
+    assert torch.equal(timestep_attention(*qkv.unbind(2)), expected)
+    shifted = torch.empty(qkv.numel() + 1, dtype=qkv.dtype, device="cuda")[1:].view(qkv.shape).copy_(qkv)
+    assert torch.equal(timestep_attention(*shifted.unbind(2)), expected)
+
+
+def test_a_graph_replays_with_the_seed_of_the_device():
+    x, options = make(torch.bfloat16, 40, 40, 64)
+    seed, arguments = torch.tensor([5], device="cuda"), [t.requires_grad_() for t in x.values()]
+
+    def step():
+        out = timestep_attention(*arguments, **options, dropout_p=0.3, seed=seed)
+        return out, torch.autograd.grad(out.float().square().sum(), arguments)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, grads = step()
+    for value in (5, 6):
+        seed.fill_(value)
+        graph.replay()
+        expected, expected_grads = step()
+        assert torch.equal(out, expected)
+        assert all(torch.equal(a, b) for a, b in zip(grads, expected_grads, strict=True))
+
+
+def test_autocast_and_compile(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    x, options = make(torch.float32, 40, 40, 64)
+    with torch.autocast("cuda", torch.bfloat16):
+        out = timestep_attention(*x.values(), **options)
+    half = {name: t.bfloat16() for name, t in x.items()}
+    assert torch.equal(out, timestep_attention(*half.values(), **options))
+    compiled = torch.compile(lambda *a: timestep_attention(*a, **options) * 2, fullgraph=True)
+    assert torch.equal(compiled(*half.values()), out * 2)
+
+
+def test_opcheck():
+    x, options = make(torch.bfloat16, 9, 11, 32)
+    leaves = [t.requires_grad_() for t in x.values()]
+    arguments = (*leaves, options["timesteps"], options["key_mask"], torch.tensor([3]), 0.2, 0.25)
+    torch.library.opcheck(torch.ops.pydiffseq.timestep_attention.default, arguments)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_another_device_than_the_current_one():
+    x, options = make(torch.bfloat16, 40, 40, 64)
+    moved = timestep_attention(*(t.to("cuda:1") for t in x.values()), **{k: v.to("cuda:1") for k, v in options.items()})
+    assert torch.cuda.current_device() == 0 and torch.equal(moved.to("cuda:0"), timestep_attention(*x.values(), **options))
