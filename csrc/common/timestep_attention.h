@@ -27,7 +27,7 @@ struct TimestepAttentionArgs {
   void* out;                    // [batch, queries, heads, dim]; forward only
   float* lse;                   // [batch, heads, queries]: log of the sum of exp(score); written by forward
 
-  // Backward only. Gradients are contiguous, but on the CPU the rows of q's, and those of k's and v's, may lie further apart
+  // Backward only. Gradients are contiguous, but the rows of q's, and those of k's and v's, may lie further apart
   // (in the gradient of a fused projection); those of u and w come per sentence, for the caller to add up.
   HeadTensor grad_out;
   void *grad_q, *grad_k, *grad_v;

@@ -112,7 +112,7 @@ __device__ __forceinline__ void start_scores(float scores[2][8][4], const float*
 }
 
 __device__ __forceinline__ void multiply_chunk(float scores[2][8][4], SharedAddress x, SharedAddress e, const FilterPlace& at) {
-#pragma unroll
+#pragma unroll 1   // 128 registers, so that two blocks share a processor
   for (int k = 0; k < kNearestChunk / 16; ++k) {
     uint32_t rows[2][4];
 #pragma unroll
@@ -323,7 +323,7 @@ cudaError_t run(const NearestCudaArgs& args, const Launch& launch, int most_shar
 
 int64_t nearest_parts(int64_t rows, int64_t tiles, int device) {
   int processors = 0;
-  const cudaError_t status = enter_device(device, processors);
+  const cudaError_t status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (status != cudaSuccess) return -static_cast<int64_t>(status);
   const int64_t row_tiles = std::max<int64_t>(1, (rows + kNearestTile - 1) / kNearestTile);
   const int64_t wanted = std::min(tiles, std::max<int64_t>(1, (2 * processors + row_tiles - 1) / row_tiles));

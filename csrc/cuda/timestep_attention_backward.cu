@@ -129,7 +129,7 @@ attention_grad_query_kernel(const __grid_constant__ TimestepAttentionArgs a, flo
   __syncwarp();   // this warp's rows of the q tile are free
   const float factors[2] = {1.f, 1.f};
   store_rows<T, D>(shared + Layout::q, grad_q, factors,
-                   static_cast<T*>(a.grad_q) + (head.b * a.queries * a.heads + head.h) * a.dim, a.heads * a.dim, first,
+                   static_cast<T*>(a.grad_q) + head.b * a.queries * a.grad_q_token + head.h * a.dim, a.grad_q_token, first,
                    a.queries, a.dim);
 }
 
@@ -267,7 +267,7 @@ template <typename T, int D>
 __device__ __forceinline__ void store_key_grads(const TimestepAttentionArgs& a, const Head& head, KeyGrads<D>& grads,
                                                 unsigned char* shared, const float* biases, int first, int warp, int lane) {
   const float factors[2] = {1.f, 1.f};
-  const int64_t offset = (head.b * a.keys * a.heads + head.h) * a.dim, stride = a.heads * a.dim;
+  const int64_t stride = a.grad_k_token, offset = head.b * a.keys * stride + head.h * a.dim, contiguous = a.heads * a.dim;
   unsigned char* tiles[3] = {shared, shared + Tile<D>::bytes(kAttentionRows), shared + 2 * Tile<D>::bytes(kAttentionRows)};
   store_rows<T, D>(tiles[2], grads.value, factors, static_cast<T*>(a.grad_v) + offset, stride, first, a.keys, a.dim);
   float shifted[D / 8][4];
@@ -276,7 +276,8 @@ __device__ __forceinline__ void store_key_grads(const TimestepAttentionArgs& a, 
   if (a.grad_tau == nullptr && a.grad_tau_rows == nullptr) return;
   add_bias<D>(grads.key, grads.sum, biases + D, lane, shifted);
   if (a.grad_tau_rows != nullptr) store_float_rows<D>(a, head, shifted, first + 16 * warp, lane);
-  else store_rows<T, D>(tiles[1], shifted, factors, static_cast<T*>(a.grad_tau) + offset, stride, first, a.keys, a.dim);
+  else store_rows<T, D>(tiles[1], shifted, factors, static_cast<T*>(a.grad_tau) + head.b * a.keys * contiguous + head.h * a.dim,
+                        contiguous, first, a.keys, a.dim);
 }
 
 template <typename T, int D, bool kDropout>

@@ -64,7 +64,7 @@ def capturing(device: torch.device) -> bool:
 
 def _self_check(family: str, device: torch.device, cases: Callable[[torch.device], Iterable[Case]]) -> bool:
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
             problem = next((f"{name} differs from its reference" for name, kernel, reference, *tolerance in cases(device)
                             if not _same(kernel(), reference(), *tolerance)), None)
     except Exception as error:  # whatever goes wrong in the trial, the reference is there to take over

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -122,10 +126,21 @@ def _attention_scores(q, k, tau, u, w, key_mask, scale) -> Tensor:
     return scores if key_mask is None else scores.masked_fill(~key_mask[:, None, None, :], -torch.inf)
 
 
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.autocast has had its say about the op's inputs already."""
+    @functools.wraps(function)
+    def run(first: Tensor, *arguments: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *arguments)
+
+    return run
+
+
 def _at_least_float(*tensors: Tensor | None) -> list:
     return [t if t is None else t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
 
 
+@_without_autocast
 def timestep_attention(q: Tensor, k: Tensor, v: Tensor, tau: Tensor | None, u: Tensor | None, w: Tensor | None,
                        timesteps: Tensor | None, key_mask: Tensor | None, seed: Tensor | None, dropout_p: float,
                        scale: float) -> tuple[Tensor, Tensor]:
@@ -139,6 +154,7 @@ def timestep_attention(q: Tensor, k: Tensor, v: Tensor, tau: Tensor | None, u: T
     return out.to(dtype).contiguous(), lse
 
 
+@_without_autocast
 def timestep_attention_backward(
         grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, tau: Tensor | None, u: Tensor | None, w: Tensor | None,
         timesteps: Tensor | None, key_mask: Tensor | None, seed: Tensor | None, out: Tensor, lse: Tensor,

@@ -207,7 +207,7 @@ def backward_into(grads, grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed
 _KEY_BLOCK = 64  # kAttentionRows in csrc/cuda/timestep_attention.h
 
 
-def _use_cuda(q: Tensor) -> bool:
+def use_cuda(q: Tensor) -> bool:
     """Whether ``q`` is for the CUDA kernels (bfloat16 or float16, D a multiple of 8 up to 128), and they are trusted."""
     return (q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[3] % 8 == 0 and q.shape[3] <= 128
             and _cuda.compiled() and _cuda.trusted("timestep_attention", q.device, _cuda_cases))
@@ -241,26 +241,31 @@ def _forward_kernel(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, sc
     return out, lse
 
 
-def _backward_kernel(grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed, out, lse, dropout_p, scale):
+def _backward_kernel(grad_out, q, k, *arguments):
+    grads = q.new_empty(q.shape), q.new_empty(k.shape), q.new_empty(k.shape)
+    return *grads, *cuda_backward_into(grads, grad_out, q, k, *arguments)
+
+
+def cuda_backward_into(grads, grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed, out, lse, dropout_p, scale):
+    """The CUDA kernel: as :func:`backward_into`; the rows of ``grads`` start at multiples of 16 bytes."""
     out, lse = out.contiguous(), lse.contiguous()
     arguments, _alive = _cuda_arguments(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, lse, out)
-    grad_q, grad_k, grad_v = q.new_empty(q.shape), q.new_empty(k.shape), q.new_empty(k.shape)
     table = tau is not None and timesteps is not None
     grad_tau = None if tau is None or table else q.new_empty(k.shape)
     grad_rows = q.new_empty(k.shape, dtype=torch.float32) if table else None
     parts = (q.shape[0], q.shape[2], -(-k.shape[1] // _KEY_BLOCK), q.shape[3])
     grad_u = None if u is None else q.new_empty(parts, dtype=torch.float32)
     grad_w = None if w is None else q.new_empty(parts, dtype=torch.float32)
-    grads = (grad_q, grad_k, grad_v, grad_tau, grad_rows, None, grad_u, grad_w)
+    written = (*grads, grad_tau, grad_rows, None, grad_u, grad_w)
     grad_out, grad_out_heads = _heads(_aligned(grad_out))
     delta = torch.empty_like(lse)
     _cuda.launch(C.timestep_attention_backward_cuda, q.device, *arguments, grad_out_heads,
-                 tuple(pointer(g) for g in grads), delta.data_ptr(), _cuda.DTYPES[q.dtype])
+                 (*(pointer(g) for g in written), grads[0].stride(1), grads[1].stride(1)), delta.data_ptr(),
+                 _cuda.DTYPES[q.dtype])
     if table:  # sorts by timestep: the same bits every time
         grad_tau = torch.ops.aten.embedding_dense_backward(
             grad_rows.flatten(2), timesteps, tau.shape[0], -1, False).view(tau.shape).to(q.dtype)
-    return (grad_q, grad_k, grad_v, grad_tau, *(
-        None if g is None else g.sum((0, 2)).to(q.dtype) for g in (grad_u, grad_w)))
+    return grad_tau, *(None if g is None else g.sum((0, 2)).to(q.dtype) for g in (grad_u, grad_w))
 
 
 def _cuda_cases(device: torch.device):
@@ -286,11 +291,11 @@ def _cuda_cases(device: torch.device):
 
 
 def _forward_cuda(q, *arguments) -> tuple[Tensor, Tensor]:
-    return (_forward_kernel if _use_cuda(q) else reference.timestep_attention)(q, *arguments)
+    return (_forward_kernel if use_cuda(q) else reference.timestep_attention)(q, *arguments)
 
 
 def _backward_cuda(grad_out, q, *arguments):
-    return (_backward_kernel if _use_cuda(q) else reference.timestep_attention_backward)(grad_out, q, *arguments)
+    return (_backward_kernel if use_cuda(q) else reference.timestep_attention_backward)(grad_out, q, *arguments)
 
 
 for _name, _cpu, _gpu in (("timestep_attention", _forward_cpu, _forward_cuda),

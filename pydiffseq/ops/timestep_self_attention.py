@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pydiffseq.ops._extension import autocast, library, use_kernel
-from pydiffseq.ops.timestep_attention import backward_into, check_arguments, dropout_key
+from pydiffseq.ops.timestep_attention import backward_into, check_arguments, cuda_backward_into, dropout_key, use_cuda
 
 library.define(
     "timestep_self_attention(Tensor qkv, Tensor? tau, Tensor? u, Tensor? w, Tensor? timesteps, Tensor? key_mask, "
@@ -60,7 +60,15 @@ def _backward_cpu(grad_out, qkv, tau, u, w, timesteps, key_mask, seed, out, lse,
                                     dropout_p, scale)
 
 
+def _backward_cuda(grad_out, qkv, *arguments):
+    if not use_cuda(qkv[:, :, 0]):
+        return _backward_by_parts(grad_out, qkv, *arguments)
+    grad_qkv = qkv.new_empty(qkv.shape)
+    return grad_qkv, *cuda_backward_into(grad_qkv.unbind(2), grad_out, *qkv.unbind(2), *arguments)
+
+
 library.impl("timestep_self_attention", _forward, "CompositeExplicitAutograd")
+library.impl("timestep_self_attention_backward", _backward_cuda, "CUDA")
 library.impl("timestep_self_attention_backward", _backward_cpu, "CPU")
 library.impl("timestep_self_attention_backward", _backward_by_parts, "CompositeExplicitAutograd")
 

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from pydiffseq.ops import _cuda, reference, timestep_attention
+from pydiffseq.ops import _cuda, reference, timestep_attention, timestep_self_attention
 
 pytestmark = pytest.mark.skipif(not (torch.cuda.is_available() and _cuda.compiled()),
                                 reason="needs a GPU and the CUDA kernels")
@@ -122,6 +122,17 @@ def test_strided_and_unaligned_inputs():
     assert torch.equal(timestep_attention(*qkv.unbind(2)), expected)
     shifted = torch.empty(qkv.numel() + 1, dtype=qkv.dtype, device="cuda")[1:].view(qkv.shape).copy_(qkv)
     assert torch.equal(timestep_attention(*shifted.unbind(2)), expected)
+
+
+def test_a_fused_projection_gets_the_same_gradients():
+    qkv = torch.randn(2, 70, 3, 3, 64, device="cuda").bfloat16().requires_grad_()
+    x, options = make(torch.bfloat16, 70, 70, 64)
+    rest = [x[name].requires_grad_() for name in ("tau", "u", "w")]
+    results = []
+    for attend in (timestep_self_attention, lambda qkv, *a, **k: timestep_attention(*qkv.unbind(2), *a, **k)):
+        out = attend(qkv, *rest, **options, dropout_p=0.1, seed=3)
+        results.append([out, *torch.autograd.grad(out.float().square().sum(), [qkv, *rest])])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_a_graph_replays_with_the_seed_of_the_device():

@@ -152,6 +152,19 @@ def test_slices_of_a_fused_projection_and_unaligned_tensors(install):
         assert torch.equal(attention._forward_kernel(*parts, *[None] * 6, 0.0, 0.2)[0], expected)
 
 
+def test_gradients_of_a_fused_projection(install):
+    *_, tau, u, w, timesteps, mask = make(torch.bfloat16, 70, 70, 32)
+    g = torch.Generator().manual_seed(1)
+    qkv, grad = (torch.randn(*shape, generator=g).bfloat16() for shape in ((2, 70, 3, 2, 32), (2, 70, 2, 32)))
+    rest = (tau, u, w, timesteps, mask, torch.tensor([-3]))
+    out, lse = attention._forward_kernel(*qkv.unbind(2), *rest, 0.1, 0.2)
+    grad_qkv = torch.empty_like(qkv)
+    others = attention.cuda_backward_into(grad_qkv.unbind(2), grad, *qkv.unbind(2), *rest, out, lse, 0.1, 0.2)
+    expected = attention._backward_kernel(grad, *qkv.unbind(2), *rest, out, lse, 0.1, 0.2)
+    assert torch.equal(grad_qkv, torch.stack(expected[:3], 2))
+    assert all(torch.equal(a, b) for a, b in zip(others, expected[3:], strict=True))
+
+
 def test_a_seed_on_the_device_is_the_same_key(install, monkeypatch):
     tensors = make(torch.bfloat16, 9, 20, 32)
     host = attention._forward_kernel(*tensors, torch.tensor([-3]), 0.3, 0.2)

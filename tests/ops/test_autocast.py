@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pydiffseq import ops
+from pydiffseq.ops import reference
 
 
 def normal(*shape, dtype=torch.float32):
@@ -67,3 +68,13 @@ def test_gradients_reach_float32_parameters():
     ops.linear_cross_entropy(normal(7, 16), exact, None, torch.arange(7)).sum().backward()
     assert table.grad.dtype == torch.float32
     assert torch.allclose(table.grad, exact.grad, rtol=0.05, atol=0.05)
+
+
+def test_the_reference_computes_in_float32_inside_autocast():
+    """It runs where there is no kernel, on inputs that the op has cast already."""
+    q, k, v = (normal(2, 5, 3, 16, dtype=torch.float32) for _ in range(3))
+    arguments = (q, k, v, *[None] * 6, 0.0, 0.25)
+    expected = reference.timestep_attention(*arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = reference.timestep_attention(*arguments)
+    assert all(torch.equal(a, b) for a, b in zip(inside, expected, strict=True))

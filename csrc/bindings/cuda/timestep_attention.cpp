@@ -30,6 +30,8 @@ void bind_timestep_attention_cuda(py::module_& m) {
           a.out = pointer<void>(out);
           a.grad_out = head_tensor(grad_out);
           set_gradients(a, grads);
+          a.grad_q_token = grads[8].cast<int64_t>();
+          a.grad_k_token = grads[9].cast<int64_t>();
           py::gil_scoped_release release;
           check_cuda("timestep_attention_backward",
                      cuda::timestep_attention_backward(a, pointer<float>(delta), device_seed(seed, seed_on_device),
