@@ -32,47 +32,64 @@ def digest(*paths):
     return content.hexdigest()[:16]
 
 
-def compile_one(compiler, source, out):
+def compiler():
+    found = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if found is None or importlib.util.find_spec("pybind11") is None:
+        pytest.skip("needs a C++ compiler and pybind11")
+    return found
+
+
+def compile_one(program, source, out):
     import pybind11
 
     csrc = ROOT / "csrc"
     includes = [csrc, csrc / "cuda" / "emulation", pybind11.get_include(), sysconfig.get_paths()["include"]]
     language = ["-x", "c++", "-include", "cuda_runtime.h"] if source.suffix == ".cu" else []
     temporary = out.with_suffix(f".{os.getpid()}")
-    command = [compiler, *FLAGS, *(f"-I{path}" for path in includes), *language, "-c", str(source), "-o", str(temporary)]
+    command = [program, *FLAGS, *(f"-I{path}" for path in includes), *language, "-c", str(source), "-o", str(temporary)]
     subprocess.run(command, check=True)
     temporary.rename(out)
 
 
-def build(compiler, folder):
-    """The module's file; what is compiled already, from the same sources, is not compiled again."""
+def build(program, folder, name, files):
+    """The file of the module ``name``; what is compiled already, from the same sources, is not compiled again."""
     folder.mkdir(parents=True, exist_ok=True)
     headers = sorted(path for path in (ROOT / "csrc").rglob("*.*h") if path.parent.name != "cpu" or path.stem == "dispatch")
     tag = sysconfig.get_config_var("EXT_SUFFIX")
     objects = {source: folder / f"{source.parent.name}-{source.name}-{digest(*headers, source)}{tag}.o"
-               for source in sources()}
-    target = folder / f"_C_emulation-{digest(*headers, *sources())}{tag}"
+               for source in files}
+    target = folder / f"{name}-{digest(*headers, *files)}{tag}"
     if not target.exists():
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda item: item[1].exists() or compile_one(compiler, *item), objects.items()))
+            list(pool.map(lambda item: item[1].exists() or compile_one(program, *item), objects.items()))
         temporary = target.with_suffix(f".{os.getpid()}")
-        subprocess.run([compiler, "-shared", "-o", str(temporary), *map(str, objects.values())], check=True)
+        subprocess.run([program, "-shared", "-o", str(temporary), *map(str, objects.values())], check=True)
         temporary.rename(target)
-    for old in set(folder.iterdir()) - {target, *objects.values()}:
-        old.unlink(missing_ok=True)
+    for old in folder.glob(f"{name}-*"):
+        if old != target:
+            old.unlink()
+    for path in files:
+        for old in set(folder.glob(f"{path.parent.name}-{path.name}-*")) - {*objects.values()}:
+            old.unlink()
     return target
 
 
 @pytest.fixture(scope="session")
-def emulation():
-    """The module _C_emulation, compiled where the sources have changed (half a minute on one core)."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    if compiler is None or importlib.util.find_spec("pybind11") is None:
-        pytest.skip("needs a C++ compiler and pybind11")
-    spec = importlib.util.spec_from_file_location("_C_emulation", build(compiler, ROOT / "build" / "emulation"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def load():
+    """load(name, files): the module ``name``, compiled where its sources have changed."""
+    def run(name, files):
+        spec = importlib.util.spec_from_file_location(name, build(compiler(), ROOT / "build" / "emulation", name, files))
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def emulation(load):
+    """The CUDA bindings on emulated kernels; compiling them takes half a minute on one core."""
+    return load("_C_emulation", sources())
 
 
 @pytest.fixture
