@@ -139,7 +139,9 @@ def run(stage: Stage, log: Path, end: float) -> None:
 
 def execute(command: list[str], env: dict[str, str], limit: float) -> tuple[str, str]:
     """(status, output) of a command, which is ended with all its children where it takes too long."""
-    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | env
+    # cmake may lie beside this Python, and nvcc where toolkits are usually put.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
+    env = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | env
     try:
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                    errors="replace", start_new_session=True)
