@@ -1,0 +1,258 @@
+"""Decoding end to end: sentences per second and peak memory, with random weights at published sizes.
+
+    python benchmarks/decode.py --sizes iwslt14 --batches 8 --candidates 10 --steps 20 --official PATH --json out.json
+
+Contenders: this project in float32 and bfloat16; with ``--official PATH`` (a checkout of AR-Diffusion; ``transformers``
+must be installed) its network and its sampling loop in float32, at the same sizes, steps and candidates; fairseq's
+Transformer of the same width and depth with beam 5, made to write as many tokens. ``--real`` takes the lengths of the
+bundled Tatoeba sentences: this project then decodes what a length head would ask for, the official code its fixed length.
+Every case runs in a process of its own, so that the peak memory is its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import itertools
+import json
+import lzma
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+SIZES = {
+    "iwslt14": {"latent_dim": 64, "hidden_dim": 256, "ffn_dim": 1024, "heads": 4, "target_length": 90,
+                "source_positions": 256, "vocabulary": 10005},
+    "xsum": {"latent_dim": 128, "hidden_dim": 512, "ffn_dim": 2048, "heads": 8, "target_length": 50,
+             "source_positions": 512, "vocabulary": 30522},
+}
+SOURCE_LENGTH = {"iwslt14": 30, "xsum": 256}
+CONTENDERS = ("pydiffseq float32", "pydiffseq bfloat16", "official float32", "transformer float32")
+CORPUS = Path(__file__).parent.parent / "examples" / "tatoeba_de_en"
+
+
+def batches(case: dict) -> list[tuple[Tensor, Tensor]]:
+    """(sources int64 [B, S], target lengths int64 [B]): all of full length, or those of real sentences, sorted."""
+    size, count = SIZES[case["size"]], case["batch"]
+    generator = torch.Generator().manual_seed(0)
+    if not case["real"]:
+        source = torch.randint(4, size["vocabulary"], (count, SOURCE_LENGTH[case["size"]]), generator=generator)
+        return [(source, torch.full((count,), size["target_length"]))]
+    import sentencepiece
+
+    model = sentencepiece.SentencePieceProcessor(model_file=str(CORPUS / "sentencepiece.model"))
+    lines = [lzma.decompress((CORPUS / f"valid.{side}.xz").read_bytes()).decode().splitlines() for side in ("de", "en")]
+    pairs = sorted((len(s) + 1, len(t)) for s, t in zip(*(model.encode(side) for side in lines), strict=True))
+    pairs = pairs[:: max(1, len(pairs) // (2 * count))][: 2 * count]
+    made = []
+    for first in range(0, len(pairs), count):
+        part = pairs[first : first + count]
+        source = torch.ones(len(part), max(s for s, _ in part), dtype=torch.int64)
+        for row, (length, _) in enumerate(part):
+            source[row, :length] = torch.randint(4, size["vocabulary"], (length,), generator=generator)
+        made.append((source, torch.tensor([t for _, t in part])))
+    return made
+
+
+class GivenLengths(nn.Module):
+    """Stands for the length head: asks for the lengths that it is told."""
+
+    def __init__(self, longest: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(longest + 1, hidden_dim)
+        self.box: list[Tensor] = []
+
+    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
+        return nn.functional.one_hot(self.box[0], self.table.num_embeddings).float()
+
+
+def ours(case: dict):
+    from pydiffseq.decoding import DecodeOptions, Decoder
+    from pydiffseq.models import ARDiffusion, ARDiffusionConfig
+
+    size = SIZES[case["size"]]
+    config = ARDiffusionConfig(source_vocabulary=size["vocabulary"], time_dim=size["latent_dim"],
+                               length_policy="predict" if case["real"] else "pad", **size)
+    model = ARDiffusion(config).eval().to(getattr(torch, case["contender"].split()[1]))
+    if case["real"]:
+        model.length_head = GivenLengths(size["target_length"], size["hidden_dim"]).eval().to(model.embedding.weight.dtype)
+    decoder = Decoder(model, DecodeOptions(steps=case["steps"], noise_beam=case["candidates"], step_end="zero",
+                                           final="state", mbr_direction="reference"))
+
+    def run(source: Tensor, lengths: Tensor) -> None:
+        if case["real"]:
+            model.length_head.box[:] = [lengths]
+        decoder(source, torch.arange(len(source)))
+
+    return run
+
+
+def official(case: dict):
+    """The published network and loop; its candidates run one after another and share nothing."""
+    import torch.distributed as dist
+    from omegaconf import OmegaConf
+
+    sys.path[:0] = [case["official"]]
+    from transformers import BertConfig
+
+    # Imported for data sets, which are not read here; one of them is missing from the published code.
+    for name in ("data_utils", "data_utils.s2s_dataset", "data_utils.tokenizer_utils"):
+        sys.modules[name] = mock.MagicMock()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    size = SIZES[case["size"]]
+    config = OmegaConf.load(Path(case["official"]) / "config.yaml")
+    with tempfile.TemporaryDirectory() as folder:
+        BertConfig().save_pretrained(folder)
+        OmegaConf.update(config, "model.name", folder)
+        for key, value in {
+                "time_channels": size["latent_dim"], "in_channels": size["latent_dim"], "out_channels": size["latent_dim"],
+                "tgt_len": size["target_length"], "max_pos_len": size["source_positions"],
+                "intermediate_size": size["ffn_dim"], "num_attention_heads": size["heads"], "time_att": True,
+                "att_strategy": "txl", "schedule_sampler": "xy_uniform", "skip_sample": True,
+                "gen_timesteps": case["steps"], "pred_len": False}.items():
+            OmegaConf.update(config, key, value)
+        import importlib
+
+        create = importlib.import_module("model_utils.create_model")
+        model, diffusion = create.create_model(config, size["vocabulary"]).eval(), create.create_gaussian_diffusion(config)
+    rounding = importlib.import_module("gen_utils.generate").denoised_fn_round
+
+    @torch.no_grad()
+    def run(source: Tensor, lengths: Tensor) -> None:
+        mask = source.ne(1).long()
+        for _ in range(case["candidates"]):
+            states = model.encoder(input_ids=source, attention_mask=mask).last_hidden_state
+            kwargs = {"src_attention_mask": mask, "tgt_attention_mask": None, "encoder_hidden_states": states}
+            with contextlib.redirect_stdout(io.StringIO()):
+                sample = diffusion.p_sample_loop(
+                    model, (len(source), size["target_length"], size["latent_dim"]), model_kwargs=kwargs, top_p=-1.0,
+                    denoised_fn=lambda x, t: rounding(config, model.word_embedding, x, t))
+            model.get_logits(sample).argmax(-1)
+
+    return run
+
+
+def transformer(case: dict):
+    """fairseq's Transformer, beam 5, made to write the target length; candidates do not apply."""
+    from fairseq.data import Dictionary
+    from fairseq.models.transformer import TransformerConfig, TransformerModel
+    from fairseq.sequence_generator import SequenceGenerator
+
+    size, words = SIZES[case["size"]], Dictionary()
+    for i in range(size["vocabulary"] - len(words)):
+        words.add_symbol(f"w{i}")
+    part = {"embed_dim": size["hidden_dim"], "ffn_embed_dim": size["ffn_dim"], "layers": 6,
+            "attention_heads": size["heads"]}
+    config = TransformerConfig(share_decoder_input_output_embed=True)
+    for side in (config.encoder, config.decoder):
+        for name, value in part.items():
+            setattr(side, name, value)
+    config.decoder.input_dim = config.decoder.output_dim = size["hidden_dim"]
+    config.max_source_positions = config.max_target_positions = 1024
+    task = type("Task", (), {"source_dictionary": words, "target_dictionary": words})()
+    model = TransformerModel.build_model.__func__(TransformerModel, config, task).eval()
+
+    @torch.no_grad()
+    def run(source: Tensor, lengths: Tensor) -> None:
+        longest = int(lengths.max())
+        generator = SequenceGenerator([model], words, beam_size=5, max_len_a=0, max_len_b=longest, min_len=longest)
+        generator.generate([model], {"net_input": {"src_tokens": source, "src_lengths": source.ne(1).sum(1)}})
+
+    return run
+
+
+def measure(case: dict) -> dict:
+    torch.manual_seed(0)
+    make = {"pydiffseq": ours, "official": official, "transformer": transformer}[case["contender"].split()[0]]
+    data, run = batches(case), make(case)
+    run(*[part[:1] for part in data[0]])   # loads the libraries
+    best, end = float("inf"), time.perf_counter() + case["seconds"]
+    while best == float("inf") or time.perf_counter() < end:
+        started = time.perf_counter()
+        for source, lengths in data:
+            run(source, lengths)
+        best = min(best, time.perf_counter() - started)
+    sentences = sum(len(source) for source, _ in data)
+    return {**case, "sentences_per_second": sentences / best, "seconds_per_run": best,
+            "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
+def cases(args: argparse.Namespace) -> list[dict]:
+    made = []
+    for size, batch, candidates, steps in itertools.product(args.sizes, args.batches, args.candidates, args.steps):
+        for contender in args.contenders:
+            if contender.startswith("official") and not args.official:
+                continue
+            made.append({"size": size, "batch": batch, "candidates": candidates, "steps": steps, "real": args.real,
+                         "contender": contender, "official": args.official, "seconds": args.seconds})
+    return made
+
+
+def in_a_process(case: dict) -> dict | None:
+    done = subprocess.run([sys.executable, __file__, "--case", json.dumps(case)], capture_output=True, text=True)
+    if done.returncode:
+        print(f"{case['contender']} failed: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        return None
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def table(results: list[dict]) -> str:
+    """Rows by case; the ratio is sentences per second over those of the official code, and of the Transformer."""
+    keys = ("size", "real", "batch", "candidates", "steps")
+    groups: dict[tuple, dict[str, dict]] = {}
+    for result in results:
+        groups.setdefault(tuple(result[key] for key in keys), {})[result["contender"]] = result
+    lines = ["| size | lengths | batch | k | steps | contender | sentences/s | peak MB | x official | x Transformer |",
+             "|---|---|---:|---:|---:|---|---:|---:|---:|---:|"]
+    for (size, real, batch, candidates, steps), found in groups.items():
+        for contender, result in found.items():
+            ratios = [f"{result['sentences_per_second'] / found[other]['sentences_per_second']:.2f}"
+                      if other in found and other != contender else "" for other in CONTENDERS[2:]]
+            lines.append(f"| {size} | {'real' if real else 'padded'} | {batch} | {candidates} | {steps} | {contender} | "
+                         f"{result['sentences_per_second']:.2f} | {result['peak_mb']:.0f} | {ratios[0]} | {ratios[1]} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64])
+    parser.add_argument("--candidates", nargs="+", type=int, default=[1, 10, 50], metavar="K")
+    parser.add_argument("--steps", nargs="+", type=int, default=[2, 3, 20])
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--real", action="store_true", help="lengths of the bundled sentences instead of full ones")
+    parser.add_argument("--official", help="folder AR-diffusion of a checkout of the official code")
+    parser.add_argument("--seconds", type=float, default=0.0, help="repeat each case for so long; the best run counts")
+    parser.add_argument("--json", type=Path, help="write the results, too; results that are there are kept")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.case:
+        print(json.dumps(measure(json.loads(args.case))))
+        return
+    if args.official:
+        args.official = os.path.abspath(args.official)
+    results = json.loads(args.json.read_text()) if args.json and args.json.exists() else []
+    for case in cases(args):
+        result = in_a_process(case)
+        if result is None:
+            continue
+        results.append({key: value for key, value in result.items() if key not in ("official", "seconds")})
+        print(table(results[-1:]).splitlines()[-1], flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(results, indent=1))
+    print(f"\n{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
