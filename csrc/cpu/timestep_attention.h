@@ -200,21 +200,22 @@ PDS_INLINE vfloat join_halves(vfloat a, vfloat b, bool high) {   // of each quad
   return __builtin_shuffle(a, b, lanes);
 }
 
+// Four neighbouring columns of kWidth rows: out[c][i] = p[i * ld + c]. Only moves bits, so they need not be floats.
+PDS_INLINE void transpose_quad(const float* p, int64_t ld, vfloat (&out)[4]) {
+  const vfloat a = load_quads(p, ld), b = load_quads(p + ld, ld), c = load_quads(p + 2 * ld, ld), e = load_quads(p + 3 * ld, ld);
+  const vfloat ab0 = interleave(a, b, false), ab1 = interleave(a, b, true);
+  const vfloat ce0 = interleave(c, e, false), ce1 = interleave(c, e, true);
+  out[0] = join_halves(ab0, ce0, false), out[1] = join_halves(ab0, ce0, true);
+  out[2] = join_halves(ab1, ce1, false), out[3] = join_halves(ab1, ce1, true);
+}
+
 // columns[d][i] = factor * rows[i][d] for `lanes` rows (a multiple of kWidth) of `padded` elements.
 inline void transpose(const float* rows, int64_t lanes, int64_t padded, float factor, float* columns) {
-  const vfloat f = splat(factor);
   for (int64_t i = 0; i < lanes; i += kWidth)
     for (int64_t d = 0; d < padded; d += 4) {
-      const float* p = rows + i * padded + d;
-      const vfloat a = load_quads(p, padded), b = load_quads(p + padded, padded);
-      const vfloat c = load_quads(p + 2 * padded, padded), e = load_quads(p + 3 * padded, padded);
-      const vfloat ab0 = interleave(a, b, false), ab1 = interleave(a, b, true);
-      const vfloat ce0 = interleave(c, e, false), ce1 = interleave(c, e, true);
-      float* out = columns + d * lanes + i;
-      store(out, f * join_halves(ab0, ce0, false));
-      store(out + lanes, f * join_halves(ab0, ce0, true));
-      store(out + 2 * lanes, f * join_halves(ab1, ce1, false));
-      store(out + 3 * lanes, f * join_halves(ab1, ce1, true));
+      vfloat quad[4];
+      transpose_quad(rows + i * padded + d, padded, quad);
+      for (int c = 0; c < 4; ++c) store(columns + (d + c) * lanes + i, splat(factor) * quad[c]);
     }
 }
 

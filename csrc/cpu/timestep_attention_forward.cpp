@@ -1,7 +1,7 @@
 #include <cmath>
 #include <limits>
 
-#include "cpu/timestep_attention.h"
+#include "cpu/timestep_attention_forward_pairs.h"
 
 namespace pds {
 namespace PDS_ISA {
@@ -98,18 +98,50 @@ void attend_block(const TimestepAttentionArgs& a, const Sizes& s, Workspace& ws,
   write_rows<T>(a, s, b, h, i0, n, ws.out, inverse);
 }
 
+// The heads of `T` on float products.
 template <typename T>
+class FloatForward {
+ public:
+  explicit FloatForward(const TimestepAttentionArgs& args) : a(args), s(args), ws(args, s) {}
+  void gather(int64_t b, int64_t h) { gather_keys<T>(a, s, b, h, ws.keys); }
+  void attend(int64_t b, int64_t h, int64_t i0) { attend_block<T>(a, s, ws, b, h, i0); }
+
+ private:
+  const TimestepAttentionArgs& a;
+  const Sizes s;
+  Workspace ws;
+};
+
+#if PDS_AMX
+// The heads of bfloat16: those with few keys on float products.
+class AmxForward {
+ public:
+  explicit AmxForward(const TimestepAttentionArgs& args) : a(args), few(args), many(args) {}
+  void gather(int64_t b, int64_t h) {
+    pairs = use_pairs(count_keys(a, b));
+    pairs ? many.gather(b, h) : few.gather(b, h);
+  }
+  void attend(int64_t b, int64_t h, int64_t i0) { pairs ? many.attend(b, h, i0) : few.attend(b, h, i0); }
+
+ private:
+  const TimestepAttentionArgs& a;
+  FloatForward<uint16_t> few;
+  PairForward many;
+  bool pairs = false;
+};
+#endif
+
+template <typename Kernel>
 void forward(const TimestepAttentionArgs& a) {
-  const Sizes sizes(a);
   const int64_t heads = a.batch * a.heads, blocks = (a.queries + kQueryBlock - 1) / kQueryBlock;
   const int64_t parts = heads >= 4 * num_threads() ? 1 : blocks;   // few heads: share out their queries as well
   parallel_ranges(heads * parts, 1, [&](int64_t begin, int64_t end) {
-    Workspace ws(a, sizes);
+    Kernel kernel(a);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t head = task / parts, part = task % parts, b = head / a.heads, h = head % a.heads;
-      if (task == begin || part == 0) gather_keys<T>(a, sizes, b, h, ws.keys);
+      if (task == begin || part == 0) kernel.gather(b, h);
       for (int64_t block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block)
-        attend_block<T>(a, sizes, ws, b, h, block * kQueryBlock);
+        kernel.attend(b, h, block * kQueryBlock);
     }
   });
 }
@@ -117,7 +149,11 @@ void forward(const TimestepAttentionArgs& a) {
 }  // namespace
 
 void timestep_attention_forward(const TimestepAttentionArgs& args) {
-  args.bf16 ? forward<uint16_t>(args) : forward<float>(args);
+  if (!args.bf16) return forward<FloatForward<float>>(args);
+#if PDS_AMX
+  if (active_isa() == Isa::amx) return forward<AmxForward>(args);
+#endif
+  forward<FloatForward<uint16_t>>(args);
 }
 
 }  // namespace PDS_ISA

@@ -12,7 +12,7 @@ FLOATS = ("q", "k", "v", "tau", "u", "w")
 def each_isa():
     before = _extension.C.isa()
     try:
-        for name in ("baseline", "avx2", "avx512", "avx512_bf16"):
+        for name in ("baseline", "avx2", "avx512", "avx512_bf16", "amx"):
             if _extension.C.set_isa(name):
                 yield name
     finally:
@@ -98,6 +98,30 @@ def test_kernels_match_the_float64_reference(tau, biases, queries, keys, masked,
             assert error(ours, truth) < 5e-6, isa
             if masked:
                 assert ours.isfinite().all()
+
+
+@kernel_only
+@pytest.mark.parametrize("tau,biases", [("direct", True), ("table", True), ("direct", False), (None, False)])
+@pytest.mark.parametrize("queries,keys,dim", [(9, 41, 20), (41, 18, 72), (129, 127, 64)])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_bfloat16_kernels_match_the_float64_reference_and_ignore_padding(tau, biases, queries, keys, dim, dropout_p):
+    x, timesteps = make(2, 3, queries, keys, dim, tau, biases, torch.bfloat16)
+    key_mask = torch.rand(2, keys, generator=torch.Generator().manual_seed(3)) < 0.95
+    key_mask[1, 12:] = False  # one sentence on the kernel for few keys
+    more = torch.arange(keys + 7) % keys  # seven masked keys more
+
+    def attend(*inputs):
+        return timestep_attention(*inputs, timesteps=timesteps, key_mask=key_mask, dropout_p=dropout_p, seed=-5)
+
+    longer = {n: t[:, more] if n in "kv" or (n, tau) == ("tau", "direct") else t for n, t in x.items()}
+    exact = outputs_and_grads(attend, x, torch.float64)
+    for isa in each_isa():
+        ours = outputs_and_grads(attend, x)
+        assert all(error(a, truth) < torch.finfo(torch.bfloat16).eps for a, truth in zip(ours, exact, strict=True)), isa
+        padded = timestep_attention(
+            *(longer[n] for n in FLOATS), timesteps=None if timesteps is None else timesteps[:, more],
+            key_mask=torch.nn.functional.pad(key_mask, (0, 7)), dropout_p=dropout_p, seed=-5)
+        assert torch.equal(padded, ours[0]), isa
 
 
 @pytest.mark.parametrize("tau,biases", [("direct", True), ("table", False), (None, False)])
