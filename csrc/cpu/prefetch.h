@@ -41,6 +41,19 @@ class Prefetch {
     return walk;
   }
 
+  // Fetches the next `lines` lines.
+  void fetch(int64_t lines) {
+    if (next_ == size_) return;
+    for (Walk walk = take(lines, nullptr); lines > 0; --lines) {
+      __builtin_prefetch(walk.at);
+      walk.at += kLine;
+      if (--walk.left == 0) {
+        walk.at += walk.jump;
+        walk.left = walk.per_row;
+      }
+    }
+  }
+
  private:
   struct Part {
     Walk walk;

@@ -202,7 +202,8 @@ PDS_INLINE vfloat join_halves(vfloat a, vfloat b, bool high) {   // of each quad
 
 // Four neighbouring columns of kWidth rows: out[c][i] = p[i * ld + c]. Only moves bits, so they need not be floats.
 PDS_INLINE void transpose_quad(const float* p, int64_t ld, vfloat (&out)[4]) {
-  const vfloat a = load_quads(p, ld), b = load_quads(p + ld, ld), c = load_quads(p + 2 * ld, ld), e = load_quads(p + 3 * ld, ld);
+  const vfloat a = load_quads(p, ld), b = load_quads(p + ld, ld);
+  const vfloat c = load_quads(p + 2 * ld, ld), e = load_quads(p + 3 * ld, ld);
   const vfloat ab0 = interleave(a, b, false), ab1 = interleave(a, b, true);
   const vfloat ce0 = interleave(c, e, false), ce1 = interleave(c, e, true);
   out[0] = join_halves(ab0, ce0, false), out[1] = join_halves(ab0, ce0, true);

@@ -121,12 +121,17 @@ class AmxForward {
     pairs = use_pairs(count_keys(a, b));
     pairs ? many.gather(b, h) : few.gather(b, h);
   }
-  void attend(int64_t b, int64_t h, int64_t i0) { pairs ? many.attend(b, h, i0) : few.attend(b, h, i0); }
+  void attend(int64_t b, int64_t h, int64_t i0) {
+    if (!pairs) return few.attend(b, h, i0);
+    plan_fetches<uint16_t>(a, ahead, b, h, i0);
+    many.attend(b, h, i0, ahead);
+  }
 
  private:
   const TimestepAttentionArgs& a;
   FloatForward<uint16_t> few;
   PairForward many;
+  Prefetch ahead;
   bool pairs = false;
 };
 #endif

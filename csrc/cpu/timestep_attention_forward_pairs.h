@@ -9,14 +9,17 @@
 namespace pds {
 namespace PDS_ISA {
 
+constexpr int64_t kLinesPerPair = 6;   // fetched ahead while the softmax handles a pair of keys: enough at every length
+
 class PairForward {
  public:
   explicit PairForward(const TimestepAttentionArgs& args) : a(args), s(args) {
     static thread_local Scratch scratch;
-    const int64_t block = round_up(std::min(kQueryBlock, a.queries), kPanel), keys_most = round_up(a.keys, AmxEngine::kRows);
+    const int64_t block = round_up(std::min(kQueryBlock, a.queries), kPanel);
+    const int64_t keys_most = round_up(a.keys, AmxEngine::kRows);
     const int64_t pairs_most = round_up(a.keys, 2 * kPairStep) / 2;
-    scratch.reserve(2 * keys_most + keys_most * (s.score_depth + block) + pairs_most * (s.value_rows + 2 * s.depth + block) +
-                    block * (s.depth + s.score_depth + s.value_rows) + 256);
+    scratch.reserve(keys_most * (2 + s.score_depth + block) + pairs_most * (s.value_rows + 2 * s.depth + block) + block *
+                    (s.depth + s.score_depth + s.value_rows) + 256);
     keys.index = reinterpret_cast<int32_t*>(scratch.take(a.keys));
     keys.bias = scratch.take(a.keys);
     keys.rows = take_pairs(scratch, keys_most * s.score_depth);
@@ -34,22 +37,22 @@ class PairForward {
     gather_values(b, h);
   }
 
-  void attend(int64_t b, int64_t h, int64_t i0) {
+  void attend(int64_t b, int64_t h, int64_t i0, Prefetch& ahead) {
     const int64_t n = std::min(kQueryBlock, a.queries - i0), lanes = round_up(n, kPanel), head = b * a.heads + h;
     gather_pairs(a.q, a.dim, s.depth, b, h, i0, n, lanes, rows);
     transpose_queries(s, rows, lanes, columns);
     for (int64_t j = 0; j < keys.count; j += AmxEngine::kRows)
-      AmxEngine::product(s.score_depth, lanes / kPanel, {keys.rows + j * s.score_depth, s.score_depth, 1}, columns, kPanel, lanes,
-                      {nullptr, 0}, scores + j * lanes, lanes);
+      AmxEngine::product(s.score_depth, lanes / kPanel, {keys.rows + j * s.score_depth, s.score_depth, 1}, columns, kPanel,
+                         lanes, {nullptr, 0}, scores + j * lanes, lanes);
     alignas(64) float inverse[kQueryBlock];
     for (int64_t l = 0; l < lanes; l += kWidth) {
       const auto run = a.drop_threshold ? &PairForward::softmax<true> : &PairForward::softmax<false>;
-      const vfloat lse = (this->*run)(head, i0 + l, lanes, l, inverse + l);
+      const vfloat lse = (this->*run)(head, i0 + l, lanes, l, inverse + l, ahead);
       if (n > l) store_part(a.lse + head * a.queries + i0 + l, lse, static_cast<int>(std::min<int64_t>(kWidth, n - l)));
     }
     for (int64_t d = 0; d < s.value_rows; d += AmxEngine::kRows)
-      AmxEngine::product(keys.depth, lanes / kPanel, {values + d * keys.depth, keys.depth, 1}, probabilities, kPanel, lanes,
-                      {nullptr, 0}, out + d * lanes, lanes);
+      AmxEngine::product(keys.depth, lanes / kPanel, {values + d * keys.depth, keys.depth, 1}, probabilities, kPanel,
+                         lanes, {nullptr, 0}, out + d * lanes, lanes);
     write_rows(b, h, i0, n, lanes, inverse);
   }
 
@@ -75,11 +78,13 @@ class PairForward {
   // Of kWidth queries from column l on: scores -> exp(score - largest), dropped ones 0, in pairs of keys; 1 / sum (times the
   // survivors' factor). Returns the log-sum-exp.
   template <bool kDropout>
-  vfloat softmax(int64_t head, int64_t query, int64_t lanes, int64_t l, float* inverse) {
+  vfloat softmax(int64_t head, int64_t query, int64_t lanes, int64_t l, float* inverse, Prefetch& ahead) {
     const float* column = scores + l;
     const vfloat scale = splat(kLog2e * a.scale);
-    vfloat top = scale * load(column) + splat(keys.bias[0]);
-    for (int64_t j = 1; j < keys.count; ++j) top = vmax(top, scale * load(column + j * lanes) + splat(keys.bias[j]));
+    const auto score = [&](int64_t j) { return scale * load(column + j * lanes) + splat(keys.bias[j]); };
+    vfloat even = score(keys.count - 1), odd = even;   // two chains of maxima, for their latency
+    for (int64_t j = 0; j + 1 < keys.count; j += 2) even = vmax(even, score(j)), odd = vmax(odd, score(j + 1));
+    const vfloat top = vmax(even, odd);
     DropoutLanes dropout(a, head, query);
     vfloat total[2] = {};
     for (int64_t j = 0; j < 2 * keys.depth; j += 2) {
@@ -89,6 +94,7 @@ class PairForward {
         total[i] += p[i];
         if (kDropout) p[i] = select(dropout.keep(keys.index[j + i]), p[i], vfloat{});
       }
+      ahead.fetch(kLinesPerPair);
       store_pairs(probabilities + j / 2 * lanes + l, round_and_zip(p[0], p[1]));
     }
     const vfloat sum = total[0] + total[1];
