@@ -45,13 +45,15 @@ class DenoisingRun:
         self.x_self: Tensor | None = None
         self.history: list[Tensor] = []
         self.planned = self.made = 0
+        # The last prediction as the network gave it, which says how sure it is: rounding leaves no doubt.
+        self.unrounded: Tensor | None = None
         # What patience needs. Of the rows in the batch: which they are, their tokens, for how many steps those have
         # stayed, and whether they are done. Of all rows: what came out, and after how many steps.
         self.active = torch.arange(len(lengths), device=lengths.device)
         self.ids: Tensor | None = None
         self.stayed = torch.zeros_like(lengths)
         self.done = torch.zeros_like(lengths, dtype=torch.bool)
-        self.latent: Tensor | None = None
+        self.fixed: tuple[Tensor, Tensor] | None = None   # tokens, unrounded prediction
         self.steps = torch.zeros_like(lengths)
 
     def tokens(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,20 +64,26 @@ class DenoisingRun:
         x = ops.philox_normal(shape, seed=seed, rows=self.rows, dtype=table.dtype, device=table.device)
         self.planned = len(x) * len(step_list)
         self.steps.fill_(len(step_list))
-        self.latent = torch.empty_like(x) if o.patience else None
-        state, x0_hat = SOLVERS[o.solver](
+        if o.patience:
+            self.fixed = torch.empty(shape[:2], dtype=torch.int64, device=x.device), torch.empty_like(x)
+        state, _ = SOLVERS[o.solver](
             self._denoise, x, step_list, self.model.schedule, seed=seed, rows=self.rows,
             update=choose_update(o.noise_limit, o.absorb_rate, step_list, self.model.schedule),
             callback=self._leave if o.patience else None)
-        latent = x0_hat if o.final == "x0_hat" else state
-        if self.latent is not None:
-            open_rows = ~self.done
-            self.latent[self.active[open_rows]] = latent[open_rows]
-            latent = self.latent
-        if self.model.absorbing is not None:
-            latent = latent + self.model.absorbing
-        tokens = embedding.likeliest(latent)
+        tokens, latent = self._result(state)
         return tokens, -embedding.nll(latent, tokens), self.steps
+
+    def _result(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Token ids and the vectors that their probabilities are read off: the state, or the unrounded prediction."""
+        if self.options.final == "state":
+            state = state if self.model.absorbing is None else state + self.model.absorbing
+            return self.model.embedding.likeliest(state), state
+        if self.x_self is None or self.unrounded is None:
+            raise RuntimeError("the solver did not call the network")
+        if self.fixed is None:
+            return self.model.embedding.likeliest(self.x_self), self.unrounded
+        self._fix(~self.done)
+        return self.fixed
 
     def _step_list(self) -> StepList:
         """Per-token timesteps for a network that was trained on them, else one timestep per sentence."""
@@ -107,9 +115,8 @@ class DenoisingRun:
         if shift is not None:
             x = x + shift
         t = t.expand(x.shape[:2]) if t.dim() == 2 else t.view(-1, 1).expand(x.shape[:2])
-        x0_hat = self.model.denoise(x, t, self.encoded, self.mask, self.x_self, self.lengths)
-        x0_hat = self._round(x0_hat, t)
-        self.x_self = x0_hat
+        self.unrounded = self.model.denoise(x, t, self.encoded, self.mask, self.x_self, self.lengths)
+        self.x_self = x0_hat = self._round(self.unrounded, t)
         if self.options.history or self.options.patience:
             self._remember(self.model.embedding.likeliest(x0_hat))
         return x0_hat if shift is None else x0_hat - shift
@@ -139,9 +146,9 @@ class DenoisingRun:
     def _leave(self, step: dict[str, Any]) -> Tensor | None:
         """Fix the rows that are done; the rows of the sentences that stay, or ``None`` where all do."""
         done = (self.stayed >= self.options.patience) & ~self.done
-        if self.latent is None or not bool(done.any()):
+        if not bool(done.any()):
             return None
-        self.latent[self.active[done]] = step["x0_hat"][done]
+        self._fix(done)
         self.steps[self.active[done]] = step["i"] + 1
         self.done |= done
         sentences = len(self.encoded.mask)
@@ -158,4 +165,11 @@ class DenoisingRun:
         self.mask = None if self.mask is None else self.mask[keep]
         self.ids = None if self.ids is None else self.ids[keep]
         self.x_self = None if self.x_self is None else self.x_self[keep]
+        self.unrounded = None if self.unrounded is None else self.unrounded[keep]
         return keep
+
+    def _fix(self, rows: Tensor) -> None:
+        """Write down what came out of ``rows`` (bool, of those in the batch)."""
+        if self.fixed is not None and self.ids is not None and self.unrounded is not None:
+            tokens, unrounded = self.fixed
+            tokens[self.active[rows]], unrounded[self.active[rows]] = self.ids[rows], self.unrounded[rows]

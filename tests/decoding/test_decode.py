@@ -158,12 +158,41 @@ def test_rounding_replaces_every_prediction_also_for_self_conditioning(rounding)
 def test_final_chooses_between_the_state_and_the_prediction():
     """One step to timestep 0 keeps a little of the start noise in the state, and nothing of it in the prediction."""
     model = tiny()
-    scores = {final: torch.cat([h.token_scores for (h,) in decode(
-        model, SOURCE, IDS, DecodeOptions(steps=1, step_end=end, final=final))])
-        for final, end in (("state", "zero"), ("x0_hat", "clean"))}
-    clean = decode(model, SOURCE, IDS, DecodeOptions(steps=1, step_end="clean", final="state"))
-    assert torch.equal(scores["x0_hat"], torch.cat([h.token_scores for (h,) in clean]))
-    assert not torch.equal(scores["state"], scores["x0_hat"])
+
+    def scores(**options):
+        groups = decode(model, SOURCE, IDS, DecodeOptions(steps=1, rounding="off", **options))
+        return torch.cat([hypothesis.token_scores for (hypothesis,) in groups])
+
+    prediction = scores(final="x0_hat")
+    assert torch.equal(prediction, scores(final="state"))   # the list ends at the clean state
+    assert not torch.equal(prediction, scores(final="state", step_end="zero"))
+
+
+@pytest.mark.parametrize("rounding", ["off", "every", "from", "until"])
+@pytest.mark.parametrize("patience", [0, 1])
+@pytest.mark.parametrize("changes", [{}, PREDICT], ids=str)
+@torch.no_grad()
+def test_scores_are_probabilities_under_the_prediction_before_it_is_rounded(rounding, patience, changes):
+    """Of a row that stops early, the prediction of its last step."""
+    model, predictions, alone = tiny(**changes), [], []
+    with torch.no_grad():
+        model.embedding.bias[:4] = -1000.0   # so that every position has a word
+    original = model.denoise
+    model.denoise = lambda *args: predictions.append(original(*args)) or predictions[-1]
+    options = DecodeOptions(steps=9, patience=patience, rounding=rounding, rounding_step=1000)
+    for row in range(4):
+        predictions.clear()
+        (hypothesis,), = decode(model, SOURCE[row:row + 1], IDS[row:row + 1], options)
+        alone.append(hypothesis)
+        vectors = predictions[hypothesis.steps - 1][0].double()
+        log_probabilities = (vectors @ model.embedding.weight.T.double() + model.embedding.bias).log_softmax(-1)
+        expected = log_probabilities.gather(1, hypothesis.tokens[:, None])[:, 0].float()
+        torch.testing.assert_close(hypothesis.token_scores, expected, rtol=1e-4, atol=1e-4)
+        assert len(expected) and float(expected.max()) < -1e-3
+    assert len({hypothesis.steps for hypothesis in alone}) > 1 or not patience
+    together = decode(model, SOURCE, IDS, options)
+    for (hypothesis,), other in zip(together, alone, strict=True):
+        assert torch.equal(hypothesis.token_scores, other.token_scores)
 
 
 @pytest.mark.parametrize("changes", [{}, PREDICT, {"timestep_sampler": "uniform"}, {"timestep_sampler": "lossaware"}])

@@ -50,6 +50,7 @@ def test_solvers_and_steps(data, trained, solver, steps):
         assert all(float(word) <= 0 for word in scores.split())
         assert float(score) == pytest.approx(
             sum(map(float, scores.split())) / max(1, len(scores.split())), abs=1e-3)
+    assert min(float(score) for [[score, _]] in run.lines("H").values()) < -0.01   # not those of the rounded prediction
 
 
 def test_translation_does_not_depend_on_the_batch(data, trained):
