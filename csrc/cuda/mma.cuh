@@ -27,6 +27,10 @@ __device__ __forceinline__ void copy_async(SharedAddress target, const void* sou
   const int bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(bytes) : "memory");
 }
+// 4 bytes.
+__device__ __forceinline__ void copy_word_async(SharedAddress target, const void* source) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(target), "l"(source) : "memory");
+}
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most `kGroups` of this thread's committed groups are under way.
 template <int kGroups>

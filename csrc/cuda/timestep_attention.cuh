@@ -36,7 +36,7 @@ __device__ __forceinline__ const T* row_of(const HeadTensor& t, const Head& head
   return static_cast<const T*>(t.data) + head.b * t.batch + token * t.token + head.h * t.head;
 }
 
-// Rows first .. first + kRows - 1 of a head into a tile; zeros behind the last row and the last feature.
+// Copies rows first .. first + kRows - 1 of a head into a tile; zeros behind the last row and the last feature.
 template <typename T, int D, int kRows>
 __device__ __forceinline__ void load_rows(SharedAddress tile, const HeadTensor& t, const Head& head, int first, int64_t rows,
                                           int64_t dim) {
@@ -50,6 +50,28 @@ __device__ __forceinline__ void load_rows(SharedAddress tile, const HeadTensor& 
 
 __device__ __forceinline__ bool kept(const TimestepAttentionArgs& a, const Head& head, int64_t key) {
   return key < a.keys && (a.key_mask == nullptr || __ldg(a.key_mask + head.b * a.keys + key) != 0);
+}
+
+// Two stages of kBytes each: while use(stage, i) works on tile i, the copies of load(stage, i + 1) are under way. The copies
+// that the block has issued before are complete, and visible, from the first use on. meanwhile() runs while the first tile
+// is under way and says whether to go on at all.
+template <int kBytes, typename Load, typename Meanwhile, typename Use>
+__device__ __forceinline__ void walk_tiles(unsigned char* stages, int tiles, const Load& load, const Meanwhile& meanwhile,
+                                           const Use& use) {
+  if (tiles > 0) load(stages, 0);
+  commit_copies();
+  if (meanwhile()) {
+#pragma unroll 1
+    for (int i = 0; i < tiles; ++i) {
+      if (i + 1 < tiles) load(stages + ((i + 1) & 1) * kBytes, i + 1);
+      commit_copies();
+      wait_copies<1>();
+      __syncthreads();
+      use(stages + (i & 1) * kBytes, i);
+      __syncthreads();   // before the next copies into this stage
+    }
+  }
+  wait_copies<0>();
 }
 
 // Tiles of k, tau and v side by side.
@@ -67,12 +89,14 @@ __device__ __forceinline__ void load_keys(const KeyTiles<D, kRows>& tiles, const
 #pragma unroll
   for (int i = threadIdx.x; i < kRows * Tile<D>::kUnits; i += kAttentionThreads) {
     const int r = i / Tile<D>::kUnits, unit = i % Tile<D>::kUnits, at = Tile<D>::offset(r, unit);
+    // Not after a look at the mask: so the two loads are under way together.
+    const int64_t timestep = a.timesteps != nullptr && first + r < a.keys ? __ldg(a.timesteps + head.b * a.keys + first + r) : 0;
     const bool valid = kept(a, head, first + r) && unit * 8 < a.dim;
     const int64_t key = valid ? first + r : 0, feature = valid ? unit * 8 : 0;
     copy_async(tiles.k + at, row_of<T>(a.k, head, key) + feature, valid);
     copy_async(tiles.v + at, row_of<T>(a.v, head, key) + feature, valid);
     if (a.tau.data == nullptr) continue;
-    const int64_t row = a.timesteps == nullptr ? key : valid ? __ldg(a.timesteps + head.b * a.keys + key) : 0;
+    const int64_t row = a.timesteps == nullptr ? key : timestep;
     const bool there = valid && (a.timesteps == nullptr || inside(row, a.table_rows));
     copy_async(tiles.tau + at, row_of<T>(a.tau, head, there ? row : 0) + feature, there);
   }

@@ -13,9 +13,6 @@ namespace {
 
 constexpr float kInfinity = INFINITY;
 
-// The log-sum-exp in units of log 2; a row without keys gets +inf, so that its probabilities are 0.
-__device__ __forceinline__ float log2_sum(float lse) { return lse == -kInfinity ? kInfinity : lse * kLog2E; }
-
 // --- Gradient of the queries ---
 
 template <int D>
@@ -72,32 +69,27 @@ attention_grad_query_kernel(const __grid_constant__ TimestepAttentionArgs a, flo
   const float scale = a.scale * kLog2E;
   const DropoutKey dropout(a, device_seed, head);
 
+  float lse[2], grad_q[D / 8][4];
+  clear<D / 8>(grad_q);
   load_rows<T, D, kAttentionRows>(q_tile, a.q, head, first, a.queries, a.dim);
   load_rows<T, D, kAttentionRows>(grad_tile, a.grad_out, head, first, a.queries, a.dim);
-  if (tiles > 0) load_keys<T, D, kKeys>(Keys(shared_address(shared + Layout::keys)), a, head, 0);
-  commit_copies();
-  load_biases<T, D>(biases, a, head);
-  compute_deltas<T, D>(a, head, first, deltas, delta);
-  float lse[2];
+  const auto load = [&](unsigned char* stage, int j) {
+    load_keys<T, D, kKeys>(Keys(shared_address(stage)), a, head, j * kKeys);
+  };
+  const auto meanwhile = [&] {
+    load_biases<T, D>(biases, a, head);
+    compute_deltas<T, D>(a, head, first, deltas, delta);
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int64_t row = query + 8 * half;
-    lse[half] = row < a.queries ? log2_sum(a.lse[(head.b * a.heads + head.h) * a.queries + row]) : kInfinity;
-  }
-
-  float grad_q[D / 8][4];
-  clear<D / 8>(grad_q);
-  for (int j = 0; j < tiles; ++j) {
-    const int stage = Layout::keys + (j & 1) * Keys::kBytes;
-    if (j + 1 < tiles)
-      load_keys<T, D, kKeys>(Keys(shared_address(shared + Layout::keys + ((j + 1) & 1) * Keys::kBytes)), a, head,
-                             (j + 1) * kKeys);
-    commit_copies();
-    wait_copies<1>();
-    __syncthreads();
-    const bool keep = key_terms<T, D, kKeys>(shared + stage, biases, a, head, j * kKeys, scale, terms);
-    if (__syncthreads_or(keep) == 0) continue;
-    const Keys keys(shared_address(shared + stage));
+    for (int half = 0; half < 2; ++half) {
+      const int64_t row = query + 8 * half;
+      lse[half] = row < a.queries ? a.lse[(head.b * a.heads + head.h) * a.queries + row] * kLog2E : kInfinity;
+    }
+    return true;
+  };
+  walk_tiles<Keys::kBytes>(shared + Layout::keys, tiles, load, meanwhile, [&](unsigned char* stage, int j) {
+    const bool keep = key_terms<T, D, kKeys>(stage, biases, a, head, j * kKeys, scale, terms);
+    if (__syncthreads_or(keep) == 0) return;
+    const Keys keys(shared_address(stage));
     float scores[kBlocks][4], grad_p[kBlocks][4];
     clear<kBlocks>(scores);
     clear<kBlocks>(grad_p);
@@ -123,9 +115,7 @@ attention_grad_query_kernel(const __grid_constant__ TimestepAttentionArgs a, flo
     }
     multiply_rows<T, D, kKeys>(grad_q, scores, keys.k, lane);
     if (a.tau.data != nullptr) multiply_rows<T, D, kKeys>(grad_q, scores, keys.tau, lane);
-    __syncthreads();   // before the next copies into this stage
-  }
-  wait_copies<0>();
+  });
   __syncwarp();   // this warp's rows of the q tile are free
   const float factors[2] = {1.f, 1.f};
   store_rows<T, D>(shared + Layout::q, grad_q, factors,
@@ -146,24 +136,18 @@ struct KeyLayout {   // of shared memory, bytes
   static constexpr int total = sums + kAttentionRows * 4;
 };
 
-// The tiles of a stage, and its rows' log-sum-exps (2^... of a row that does not exist is 0) and deltas.
+// The tiles of a stage, and its rows' log-sum-exps (+inf for a row that does not exist: probability 0) and deltas.
 template <typename T, int D>
-__device__ __forceinline__ void load_queries(unsigned char* stage, const TimestepAttentionArgs& a, const Head& head,
-                                             int first) {
-  load_rows<T, D, kWalk<D>>(shared_address(stage), a.q, head, first, a.queries, a.dim);
-  load_rows<T, D, kWalk<D>>(shared_address(stage + Tile<D>::bytes(kWalk<D>)), a.grad_out, head, first, a.queries, a.dim);
-}
-
-template <int D>
-__device__ __forceinline__ void load_sums(unsigned char* stage, const TimestepAttentionArgs& a, const float* delta,
-                                          const Head& head, int first) {
-  float* lse = reinterpret_cast<float*>(stage + 2 * Tile<D>::bytes(kWalk<D>));
-  const int r = threadIdx.x;
-  if (r >= kWalk<D>) return;
-  const int64_t at = (head.b * a.heads + head.h) * a.queries + first + r;
-  const bool there = first + r < a.queries;
-  lse[r] = there ? log2_sum(a.lse[at]) : kInfinity;
-  lse[kWalk<D> + r] = there ? delta[at] : 0.f;
+__device__ __forceinline__ void load_queries(unsigned char* stage, const TimestepAttentionArgs& a, const float* delta,
+                                             const Head& head, int first) {
+  constexpr int kRows = kWalk<D>;
+  load_rows<T, D, kRows>(shared_address(stage), a.q, head, first, a.queries, a.dim);
+  load_rows<T, D, kRows>(shared_address(stage + Tile<D>::bytes(kRows)), a.grad_out, head, first, a.queries, a.dim);
+  const int which = threadIdx.x / kRows, row = first + threadIdx.x % kRows;
+  if (which >= 2) return;
+  float* sum = reinterpret_cast<float*>(stage + 2 * Tile<D>::bytes(kRows)) + threadIdx.x;
+  if (row >= a.queries) *sum = which == 0 ? kInfinity : 0.f;
+  else copy_word_async(shared_address(sum), (which == 0 ? a.lse : delta) + (head.b * a.heads + head.h) * a.queries + row);
 }
 
 // What a warp gathers for its 16 keys.
@@ -207,7 +191,7 @@ __device__ __forceinline__ void add_queries(KeyGrads<D>& grads, const KeyTiles<D
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const bool odd = (e & 1) != 0;
-      const float p = fast_exp2(scores[n][e] * scale + own_terms[e >> 1] - (odd ? lses.y : lses.x));
+      const float p = fast_exp2(scores[n][e] * scale + own_terms[e >> 1] - kLog2E * (odd ? lses.y : lses.x));
       const float factor = !kDropout ? 1.f : (survive >> (4 * n + e) & 1u) != 0 ? dropout.factor : 0.f;
       const float grad = a.scale * p * (grad_p[n][e] * factor - (odd ? deltas.y : deltas.x));
       scores[n][e] = p * factor;
@@ -296,34 +280,28 @@ attention_grad_key_kernel(const __grid_constant__ TimestepAttentionArgs a, const
   const KeyTiles<D, kAttentionRows> keys(shared_address(shared + Layout::keys));
   const DropoutKey dropout(a, device_seed, head);
 
-  load_keys<T, D, kAttentionRows>(keys, a, head, first);
-  commit_copies();
-  load_biases<T, D>(biases, a, head);
-  wait_copies<0>();
-  __syncthreads();
-  const bool keep =
-      key_terms<T, D, kAttentionRows>(shared + Layout::keys, biases, a, head, first, a.scale * kLog2E, terms);
-  const bool any = __syncthreads_or(keep) != 0;
-  const int tiles = any ? static_cast<int>((a.queries + kQueries - 1) / kQueries) : 0;
-  const float own_terms[2] = {terms[16 * warp + lane / 4], terms[16 * warp + lane / 4 + 8]};
-
+  float own_terms[2];
   KeyGrads<D> grads;
   clear<D / 8>(grads.value);
   clear<D / 8>(grads.key);
-  if (tiles > 0) load_queries<T, D>(shared + Layout::stages, a, head, 0);
+  load_keys<T, D, kAttentionRows>(keys, a, head, first);
   commit_copies();
-  for (int i = 0; i < tiles; ++i) {
-    unsigned char* stage = shared + Layout::stages + (i & 1) * Layout::stage;
-    if (i + 1 < tiles)
-      load_queries<T, D>(shared + Layout::stages + ((i + 1) & 1) * Layout::stage, a, head, (i + 1) * kQueries);
-    commit_copies();
-    load_sums<D>(stage, a, delta, head, i * kQueries);
+  load_biases<T, D>(biases, a, head);
+  const auto load = [&](unsigned char* stage, int i) { load_queries<T, D>(stage, a, delta, head, i * kQueries); };
+  const auto meanwhile = [&] {   // of keys that the mask removes the queries are not read, but for the first tile
     wait_copies<1>();
     __syncthreads();
+    const bool keep =
+        key_terms<T, D, kAttentionRows>(shared + Layout::keys, biases, a, head, first, a.scale * kLog2E, terms);
+    const bool any = __syncthreads_or(keep) != 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) own_terms[half] = terms[16 * warp + lane / 4 + 8 * half];
+    return any;
+  };
+  walk_tiles<Layout::stage>(shared + Layout::stages, static_cast<int>((a.queries + kQueries - 1) / kQueries), load, meanwhile,
+                            [&](unsigned char* stage, int i) {
     add_queries<T, D, kDropout>(grads, keys, stage, own_terms, a, dropout, i * kQueries, first, warp, lane);
-    __syncthreads();   // before the next copies into this stage
-  }
-  wait_copies<0>();
+  });
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     grads.sum[half] = sum_over_quad(grads.sum[half]);

@@ -73,30 +73,26 @@ attention_forward_kernel(const __grid_constant__ TimestepAttentionArgs a, const 
   const float scale = a.scale * kLog2E;
   const DropoutKey dropout(a, device_seed, head);
 
-  load_rows<T, D, kAttentionRows>(q_tile, a.q, head, first, a.queries, a.dim);
-  if (tiles > 0) load_keys<T, D, kKeys>(Keys(shared_address(shared + Layout::keys)), a, head, 0);
-  commit_copies();
-  load_biases<T, D>(biases, a, head);
-
   uint32_t q[D / 16][4];
   float out[D / 8][4];
   Softmax softmax;
   clear<D / 8>(out);
-  for (int j = 0; j < tiles; ++j) {
-    const int stage = Layout::keys + (j & 1) * Keys::kBytes;
-    if (j + 1 < tiles)
-      load_keys<T, D, kKeys>(Keys(shared_address(shared + Layout::keys + ((j + 1) & 1) * Keys::kBytes)), a, head,
-                             (j + 1) * kKeys);
-    commit_copies();
-    wait_copies<1>();
-    __syncthreads();
+  load_rows<T, D, kAttentionRows>(q_tile, a.q, head, first, a.queries, a.dim);
+  const auto load = [&](unsigned char* stage, int j) {
+    load_keys<T, D, kKeys>(Keys(shared_address(stage)), a, head, j * kKeys);
+  };
+  const auto meanwhile = [&] {
+    load_biases<T, D>(biases, a, head);
+    return true;
+  };
+  walk_tiles<Keys::kBytes>(shared + Layout::keys, tiles, load, meanwhile, [&](unsigned char* stage, int j) {
     if (j == 0) {
 #pragma unroll
       for (int k = 0; k < D / 16; ++k) Tile<D>::load_a(q_tile, 16 * warp, k, lane, q[k]);
     }
-    const bool keep = key_terms<T, D, kKeys>(shared + stage, biases, a, head, j * kKeys, scale, terms);
-    if (__syncthreads_or(keep) == 0) continue;
-    const Keys keys(shared_address(shared + stage));
+    const bool keep = key_terms<T, D, kKeys>(stage, biases, a, head, j * kKeys, scale, terms);
+    if (__syncthreads_or(keep) == 0) return;
+    const Keys keys(shared_address(stage));
     float scores[kBlocks][4];
     clear<kBlocks>(scores);
 #pragma unroll
@@ -113,9 +109,7 @@ attention_forward_kernel(const __grid_constant__ TimestepAttentionArgs a, const 
         for (int e = 0; e < 4; ++e) scores[n][e] = (survive >> (4 * n + e) & 1u) != 0 ? scores[n][e] : 0.f;
     }
     multiply_rows<T, D, kKeys>(out, scores, keys.v, lane);
-    __syncthreads();   // before the next copies into this stage
-  }
-  wait_copies<0>();
+  });
 
   float factors[2];
 #pragma unroll

@@ -19,6 +19,7 @@ constexpr size_t kMostShared = 99 << 10;   // of a block on sm_86, sm_89 and sm_
 struct Copy {
   uintptr_t target;
   const void* source;
+  size_t bytes;
   bool valid;
 };
 
@@ -228,11 +229,11 @@ bool meet_block(const char* operation, bool vote) {
   return machine.outcome;
 }
 
-void copy_async(uintptr_t target, const void* source, bool valid) {
-  check_shared(target, 16, "cp.async");
-  if (reinterpret_cast<uintptr_t>(source) % 16 != 0) fail("cp.async from an address that is not aligned");
-  machine.running->copies.push_back({target, source, valid});
-  std::memset(reinterpret_cast<void*>(target), 0xFF, 16);   // until it lands, whoever reads it gets NaN
+void copy_async(uintptr_t target, const void* source, size_t bytes, bool valid) {
+  check_shared(target, bytes, "cp.async");
+  if (reinterpret_cast<uintptr_t>(source) % bytes != 0) fail("cp.async from an address that is not aligned");
+  machine.running->copies.push_back({target, source, bytes, valid});
+  std::memset(reinterpret_cast<void*>(target), 0xFF, bytes);   // until it lands, whoever reads it gets NaN
 }
 
 void commit_copies() {
@@ -244,8 +245,8 @@ void wait_copies(size_t groups_left) {
   auto& groups = machine.running->groups;
   while (groups.size() > groups_left) {
     for (const Copy& copy : groups.front()) {
-      if (copy.valid) std::memcpy(reinterpret_cast<void*>(copy.target), copy.source, 16);
-      else std::memset(reinterpret_cast<void*>(copy.target), 0, 16);
+      if (copy.valid) std::memcpy(reinterpret_cast<void*>(copy.target), copy.source, copy.bytes);
+      else std::memset(reinterpret_cast<void*>(copy.target), 0, copy.bytes);
     }
     groups.erase(groups.begin());
   }

@@ -37,7 +37,7 @@ void check_shared(uintptr_t address, size_t bytes, const char* what);
 void meet_warp(const char* operation, void* payload, const std::function<void(void**)>& combine);
 bool meet_block(const char* operation, bool vote);   // whether any thread voted
 
-void copy_async(uintptr_t target, const void* source, bool valid);   // 16 bytes, or zeros
+void copy_async(uintptr_t target, const void* source, size_t bytes, bool valid);   // or zeros
 void commit_copies();
 void wait_copies(size_t groups_left);
 

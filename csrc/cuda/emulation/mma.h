@@ -10,7 +10,10 @@ using SharedAddress = uintptr_t;
 inline SharedAddress shared_address(const void* p) { return reinterpret_cast<SharedAddress>(p); }
 
 using emulation::commit_copies;
-using emulation::copy_async;
+inline void copy_async(SharedAddress target, const void* source, bool valid) {
+  emulation::copy_async(target, source, 16, valid);
+}
+inline void copy_word_async(SharedAddress target, const void* source) { emulation::copy_async(target, source, 4, true); }
 template <int kGroups>
 void wait_copies() { emulation::wait_copies(kGroups); }
 
