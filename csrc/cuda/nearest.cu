@@ -11,16 +11,14 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cuda/mma.cuh"
+#include "cuda/row_tiles.cuh"
 
 namespace pds {
 namespace cuda {
 namespace {
 
-constexpr int kFilterThreads = 256, kRerankRows = 8;
-using Chunk = Tile<kNearestChunk>;
-constexpr int kChunkBytes = Chunk::bytes(kNearestTile);
-constexpr int kMarginBytes = 2 * kNearestTile * 4;
+constexpr int kRerankRows = 8;
+constexpr int kMarginBytes = 2 * kTileRows * 4;
 
 // Bound of |s computed - s| / (|x| |e|): each factor's rounding to bfloat16 costs 2^-9; every sum up to 2^-21, four times
 // what sums in float32 would, since tensor cores truncate. In units of float64, with pydiffseq/ops/nearest.py.
@@ -35,8 +33,8 @@ __device__ __forceinline__ float rounded_up(double x) { return static_cast<float
 // margins[row] = (share, own): eps = share * norm of the tile + slack of the tile + own. share = inf: search everything;
 // own = NaN as well: x has NaN, nothing can win.
 template <typename T>
-__global__ void __launch_bounds__(kFilterThreads) nearest_prepare_kernel(const __grid_constant__ NearestCudaArgs a) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kFilterThreads / 32) + threadIdx.x / 32;
+__global__ void __launch_bounds__(kTileThreads) nearest_prepare_kernel(const __grid_constant__ NearestCudaArgs a) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kTileThreads / 32) + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   if (row >= a.rows) return;
   const T* x = static_cast<const T*>(a.x) + row * a.dim;
@@ -63,19 +61,6 @@ __global__ void __launch_bounds__(kFilterThreads) nearest_prepare_kernel(const _
 
 // --- Filter ---
 
-// A chunk of features of 128 rows from `source` on; the rows from `rows` on are zeros.
-__device__ __forceinline__ void load_chunk(SharedAddress tile, const __nv_bfloat16* source, int padded, int rows) {
-  const int r = threadIdx.x / Chunk::kUnits, unit = threadIdx.x % Chunk::kUnits;
-  constexpr int kStep = kFilterThreads / Chunk::kUnits;   // rows
-  const __nv_bfloat16* from = source + r * padded + unit * 8;
-  tile += Chunk::offset(r, unit);
-#pragma unroll
-  for (int i = 0; i < kNearestTile / kStep; ++i) {
-    const bool valid = r + i * kStep < rows;
-    copy_async(tile + Chunk::offset(i * kStep, 0), valid ? from + i * kStep * padded : source, valid);
-  }
-}
-
 __device__ __forceinline__ void offer(NearestSlot& slot, float upper, float lower, uint32_t group) {
   slot.lower = fmaxf(slot.lower, lower);
   if (upper > slot.first) {
@@ -92,121 +77,39 @@ __device__ __forceinline__ void offer(NearestSlot& slot, float upper, float lowe
   }
 }
 
-// Warp w has rows 32 (w % 4) .. + 31 and columns 64 (w / 4) .. + 63 of each tile.
-struct FilterPlace {
-  int lane, row, column;
-  __device__ __forceinline__ FilterPlace()
-      : lane(threadIdx.x % 32), row(threadIdx.x / 32 % 4 * 32), column(threadIdx.x / 128 * 64) {}
-};
-
-__device__ __forceinline__ void start_scores(float scores[2][8][4], const float* bias, const FilterPlace& at) {
-#pragma unroll
-  for (int n = 0; n < 8; ++n) {
-    const float2 b = __ldg(reinterpret_cast<const float2*>(bias + at.column + 8 * n + 2 * (at.lane & 3)));
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      scores[i][n][0] = scores[i][n][2] = b.x;
-      scores[i][n][1] = scores[i][n][3] = b.y;
-    }
-  }
-}
-
-__device__ __forceinline__ void multiply_chunk(float scores[2][8][4], SharedAddress x, SharedAddress e, const FilterPlace& at) {
-#pragma unroll 1   // 128 registers, so that two blocks share a processor
-  for (int k = 0; k < kNearestChunk / 16; ++k) {
-    uint32_t rows[2][4];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) Chunk::load_a(x, at.row + 16 * i, k, at.lane, rows[i]);
-#pragma unroll
-    for (int n = 0; n < 8; n += 2) {
-      uint32_t columns[4];
-      Chunk::load_b(e, at.column + 8 * n, k, at.lane, columns);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        Mma<__nv_bfloat16>::multiply(scores[i][n], rows[i], columns[0], columns[1]);
-        Mma<__nv_bfloat16>::multiply(scores[i][n + 1], rows[i], columns[2], columns[3]);
-      }
-    }
-  }
-}
-
-// Where the walk over tiles and their chunks is.
-struct Walk {
-  int tile, chunk = 0, stage = 0;
-  __device__ __forceinline__ void advance(int chunks, int stages) {
-    if (++chunk == chunks) chunk = 0, ++tile;
-    if (++stage == stages) stage = 0;
-  }
-};
-
-// kResident: all chunks of x stay in shared memory; else they stream along with those of the table.
 template <bool kResident, int kStages>
-__global__ void __launch_bounds__(kFilterThreads, kResident ? 2 : 1) nearest_filter_kernel(const __grid_constant__ NearestCudaArgs a) {
-  constexpr int kStageBytes = (kResident ? 1 : 2) * kChunkBytes;
+__global__ void __launch_bounds__(kTileThreads, kResident ? 2 : 1) nearest_filter_kernel(const __grid_constant__ NearestCudaArgs a) {
   PDS_SHARED_MEMORY(shared);
   float* margins = reinterpret_cast<float*>(shared);
-  const FilterPlace at;
-  const unsigned row_tiles = static_cast<unsigned>((a.rows + kNearestTile - 1) / kNearestTile);
-  const int part = blockIdx.x / row_tiles, tiles_per_part = static_cast<int>((a.tiles + a.parts - 1) / a.parts);
-  const int end_tile = min(static_cast<int>(a.tiles), (part + 1) * tiles_per_part);
-  const int64_t first_row = static_cast<int64_t>(blockIdx.x % row_tiles) * kNearestTile;
-  const int rows = static_cast<int>(min(a.rows - first_row, static_cast<int64_t>(kNearestTile)));
-  const int padded = static_cast<int>(a.padded), chunks = padded / kNearestChunk;
-  const SharedAddress x_tiles = shared_address(shared + kMarginBytes);
-  const SharedAddress stages = x_tiles + (kResident ? chunks * kChunkBytes : 0);
-  const __nv_bfloat16* x = static_cast<const __nv_bfloat16*>(a.rows16) + first_row * padded;
-  Walk ahead{part * tiles_per_part}, now = ahead;
-
-  const auto load = [&] {
-    if (ahead.tile < end_tile) {
-      const SharedAddress stage = stages + ahead.stage * kStageBytes;
-      const int64_t tile_start = static_cast<int64_t>(ahead.tile) * (kNearestTile * padded);
-      load_chunk(stage, static_cast<const __nv_bfloat16*>(a.packed) + tile_start + ahead.chunk * kNearestChunk, padded,
-                 kNearestTile);
-      if (!kResident) load_chunk(stage + kChunkBytes, x + ahead.chunk * kNearestChunk, padded, rows);
-      ahead.advance(chunks, kStages);
-    }
-    commit_copies();
-  };
-  if (kResident)
-    for (int chunk = 0; chunk < chunks; ++chunk)
-      load_chunk(x_tiles + chunk * kChunkBytes, x + chunk * kNearestChunk, padded, rows);
-#pragma unroll 1
-  for (int step = 0; step < kStages - 1; ++step) load();
-
-  NearestSlot slots[4];   // of rows lane / 4 + 8 i
+  const TilePlace<64> at;
+  const BlockShare share(a.rows, a.tiles, a.parts);
+  const int stride = static_cast<int>(a.padded);
+  const RowMatrix<__nv_bfloat16> x{static_cast<const __nv_bfloat16*>(a.rows16), a.rows, stride};
+  const RowMatrix<__nv_bfloat16> table{static_cast<const __nv_bfloat16*>(a.packed), a.tiles * kTileRows, stride};
+  NearestSlot slots[4];   // of the thread's rows
 #pragma unroll
   for (int i = 0; i < 4; ++i) slots[i] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY, 0xFFFFFFFFu};
-  for (int i = threadIdx.x; i < 2 * kNearestTile; i += kFilterThreads)   // seen after the first barrier
-    margins[i] = i < 2 * rows ? a.margins[2 * first_row + i] : 0.f;
-  float scores[2][8][4];
-#pragma unroll 1
-  for (; now.tile < end_tile; now.advance(chunks, kStages)) {
-    if (now.chunk == 0) start_scores(scores, a.packed_bias + now.tile * kNearestTile, at);
-    wait_copies<kStages - 2>();
-    __syncthreads();   // the chunk is there for all, and the stage before it is free
-    load();
-    const SharedAddress stage = stages + now.stage * kStageBytes;
-    multiply_chunk(scores, kResident ? x_tiles + now.chunk * kChunkBytes : stage + kChunkBytes, stage, at);
-    if (now.chunk + 1 < chunks) continue;
-    const float norm = __ldg(a.norm + now.tile), slack = __ldg(a.slack + now.tile);
+  for (int i = threadIdx.x; i < 2 * kTileRows; i += kTileThreads)   // seen after the walk's first barrier
+    margins[i] = i < 2 * share.rows ? a.margins[2 * share.first_row + i] : 0.f;
+  walk_tiles<__nv_bfloat16, kResident, kStages>(
+      shared_address(shared + kMarginBytes), x, table, a.packed_bias, share, at, [&](int tile, const float scores[2][8][4]) {
+        const float norm = __ldg(a.norm + tile), slack = __ldg(a.slack + tile);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float best = -INFINITY;
+        for (int i = 0; i < 4; ++i) {
+          float best = -INFINITY;
 #pragma unroll
-      for (int n = 0; n < 8; ++n)
-        best = fmaxf(best, fmaxf(scores[i / 2][n][2 * (i % 2)], scores[i / 2][n][2 * (i % 2) + 1]));
-      const float2 margin = reinterpret_cast<const float2*>(margins)[at.row + at.lane / 4 + 8 * i];
-      const float eps = margin.x * norm + slack + margin.y;
-      offer(slots[i], best + eps, best - eps, 2 * now.tile + at.column / 64);
-    }
-  }
-  wait_copies<0>();
+          for (int n = 0; n < 8; ++n)
+            best = fmaxf(best, fmaxf(scores[i / 2][n][2 * (i % 2)], scores[i / 2][n][2 * (i % 2) + 1]));
+          const float2 margin = reinterpret_cast<const float2*>(margins)[at.row(i)];
+          const float eps = margin.x * norm + slack + margin.y;
+          offer(slots[i], best + eps, best - eps, 2 * tile + at.first_column / 64);
+        }
+      });
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const int row = at.row + at.lane / 4 + 8 * i;
-    if (row < rows)
-      a.slots[((first_row + row) * a.parts + part) * kNearestSlots + at.column / 16 + (at.lane & 3)] = slots[i];
+    const int slot = at.first_column / 16 + (at.lane & 3);
+    if (at.row(i) < share.rows)
+      a.slots[((share.first_row + at.row(i)) * a.parts + share.part) * kNearestSlots + slot] = slots[i];
   }
 }
 
@@ -305,12 +208,12 @@ __global__ void __launch_bounds__(kRerankRows * 32) nearest_rerank_kernel(const 
 
 template <typename T>
 cudaError_t run(const NearestCudaArgs& args, const Launch& launch, int most_shared) {
-  const int64_t warps = kFilterThreads / 32, row_tiles = (args.rows + kNearestTile - 1) / kNearestTile;
-  cudaError_t status = start(&nearest_prepare_kernel<T>, Grid{(args.rows + warps - 1) / warps, kFilterThreads, 0}, launch, args);
+  const int64_t warps = kTileThreads / 32, row_tiles = (args.rows + kTileRows - 1) / kTileRows;
+  cudaError_t status = start(&nearest_prepare_kernel<T>, Grid{(args.rows + warps - 1) / warps, kTileThreads, 0}, launch, args);
   if (status != cudaSuccess) return status;
-  const int64_t resident = kMarginBytes + (args.padded / kNearestChunk + 3) * kChunkBytes;
+  const int64_t chunks = args.padded / kTileFeatures, resident = kMarginBytes + walk_bytes(true, 3, chunks);
   const bool fits = resident <= most_shared;
-  const Grid grid{row_tiles * args.parts, kFilterThreads, static_cast<size_t>(fits ? resident : kMarginBytes + 4 * kChunkBytes)};
+  const Grid grid{row_tiles * args.parts, kTileThreads, static_cast<size_t>(fits ? resident : kMarginBytes + walk_bytes(false, 2, chunks))};
   status = fits ? start(&nearest_filter_kernel<true, 3>, grid, launch, args)
                 : start(&nearest_filter_kernel<false, 2>, grid, launch, args);
   if (status != cudaSuccess) return status;
@@ -321,11 +224,11 @@ cudaError_t run(const NearestCudaArgs& args, const Launch& launch, int most_shar
 
 }  // namespace
 
-int64_t nearest_parts(int64_t rows, int64_t tiles, int device) {
+int64_t tile_parts(int64_t rows, int64_t tiles, int device) {
   int processors = 0;
   const cudaError_t status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (status != cudaSuccess) return -static_cast<int64_t>(status);
-  const int64_t row_tiles = std::max<int64_t>(1, (rows + kNearestTile - 1) / kNearestTile);
+  const int64_t row_tiles = std::max<int64_t>(1, (rows + kTileRows - 1) / kTileRows);
   const int64_t wanted = std::min(tiles, std::max<int64_t>(1, (2 * processors + row_tiles - 1) / row_tiles));
   const int64_t tiles_per_part = (tiles + wanted - 1) / wanted;
   return (tiles + tiles_per_part - 1) / tiles_per_part;

@@ -3,12 +3,11 @@
 #include <cstdint>
 
 #include "cuda/launch.h"
+#include "cuda/row_tiles.h"
 
 namespace pds {
 namespace cuda {
 
-constexpr int kNearestTile = 128;     // rows of the table, and rows of x, of a tile
-constexpr int kNearestChunk = 64;     // features that are in hand at once; rows are padded to a multiple
 constexpr int kNearestSlots = 8;      // per row and part of the table
 constexpr double kNearestHuge = 2305843009213693952.0;   // 2^61: products of two such norms still fit float32
 
@@ -30,16 +29,13 @@ struct NearestCudaArgs {
   const void* packed;
   const float *packed_bias, *norm, *slack, *centre;
   const int32_t* wild;
-  int64_t tiles, padded, parts;   // parts: nearest_parts()
+  int64_t tiles, padded, parts;   // padded: dim, to a multiple of kTileFeatures; parts: tile_parts()
   void* rows16;                   // workspace: bfloat16 [rows, padded]
   float* margins;                 // workspace: [rows, 2]
   NearestSlot* slots;             // workspace: [rows, parts, kNearestSlots]
   int64_t* ids;                   // [rows]
   void* embeddings;               // [rows, dim] = table[ids]
 };
-
-// Into how many parts the table is split so that the device has enough blocks; negative: minus a CUDA error.
-int64_t nearest_parts(int64_t rows, int64_t tiles, int device);
 
 Status nearest_search(const NearestCudaArgs& args, const Launch& launch);
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pydiffseq.ops import reference
+from pydiffseq.ops import _cuda, reference
 from pydiffseq.ops._extension import C, autocast, check_float, check_same_device, check_shape, library, pointer, use_kernel
 
 library.define(
@@ -21,7 +21,8 @@ def linear_cross_entropy(x: Tensor, table: Tensor, bias: Tensor | None, target: 
     """``-log softmax(x @ table.T + bias)[target]`` per row; the [M, V] logits are never in memory.
 
     The rounding loss of Diffusion-LM (Li et al. 2022, section 4.2, ``-log p(w | x_0)``) and of the models after it. The
-    CPU kernel makes a block of logits at a time, in the cache, and makes it again in the backward pass.
+    kernels make a block of logits at a time, in the cache or on the chip, and make it again in the backward pass. Both
+    passes give the same bits every time. CUDA kernels: float16 and bfloat16, d <= 128; else plain torch by blocks of rows.
 
     Args:
         x: float [M, d].
@@ -37,7 +38,8 @@ def linear_cross_entropy(x: Tensor, table: Tensor, bias: Tensor | None, target: 
     Raises:
         TypeError: a dtype is not one of the above.
         ValueError: shapes do not fit, tensors are on different devices, or label_smoothing is outside 0..1.
-        IndexError: a target is outside 0..V-1 and not ``ignore_index`` (CPU).
+        IndexError: a target is outside 0..V-1 and not ``ignore_index`` (on the CPU; the CUDA kernels make its loss, and
+            every gradient that it takes part in, NaN).
     """
     x, table, bias = autocast(x, table, bias)
     _check(x, table, bias, target, label_smoothing)
@@ -97,8 +99,94 @@ def _like(x: Tensor, table: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor
             None if bias is None else torch.empty_like(bias, memory_format=torch.contiguous_format))
 
 
+# --- CUDA kernels (csrc/cuda/cross_entropy.cu, whose constants these are) ---
+
+_TILE, _GRADIENT_TILE, _MOST_FEATURES = 128, 64, 128
+
+
+def _blocks(n: int, size: int) -> int:
+    return -(-n // size)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Contiguous rows that start at multiples of 16 bytes, with zeros behind their end."""
+    tensor = torch.nn.functional.pad(tensor, (0, -tensor.shape[1] % 8)).contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def _kernel_inputs(x: Tensor, table: Tensor, bias: Tensor | None, target: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    vocab = table.shape[0]
+    padded = x.new_full((_blocks(vocab, _TILE) * _TILE,), -torch.inf, dtype=torch.float32)
+    padded[:vocab] = 0.0 if bias is None else bias
+    x, table = _aligned(x), _aligned(table)
+    return (x, table, padded, target.contiguous()), (x.shape[0], vocab, table.shape[1])
+
+
+def _forward_kernel(x: Tensor, table: Tensor, bias: Tensor | None, target: Tensor, label_smoothing: float,
+                    ignore_index: int) -> tuple[Tensor, Tensor]:
+    losses, lse, at_target = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(3))
+    inputs, (rows, vocab, stride) = _kernel_inputs(x, table, bias, target)
+    parts = C.tile_parts_cuda(rows, _blocks(vocab, _TILE), x.device.index or 0)
+    sums = x.new_empty(rows, parts, 2, 3, dtype=torch.float32)
+    _cuda.launch(C.cross_entropy_forward_cuda, x.device, tuple(map(pointer, inputs)), (rows, vocab, x.shape[1], stride),
+                 ignore_index, label_smoothing, (pointer(losses), pointer(lse)), (pointer(sums), pointer(at_target)), parts,
+                 _cuda.DTYPES[x.dtype])
+    return losses, lse
+
+
+def _backward_kernel(grad: Tensor, x: Tensor, table: Tensor, bias: Tensor | None, target: Tensor, lse: Tensor,
+                     label_smoothing: float, ignore_index: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    dim, device = x.shape[1], x.device.index or 0
+    if x.shape[0] == 0:
+        return torch.zeros_like(x), torch.zeros_like(table), None if bias is None else torch.zeros_like(bias)
+    grad_x, grad_table, grad_bias = _like(x, table, bias)
+    x = x.masked_fill((target == ignore_index)[:, None], 0.0)  # whatever these rows hold
+    inputs, (rows, vocab, stride) = _kernel_inputs(x, table, bias, target)
+    grad, lse = grad.float().contiguous(), lse.contiguous()
+    parts_x = C.tile_parts_cuda(rows, _blocks(vocab, _GRADIENT_TILE), device)
+    parts_table = C.tile_parts_cuda(vocab, _blocks(rows, _GRADIENT_TILE), device)
+    partial = max((parts * count for parts, count in ((parts_x, rows), (parts_table, vocab)) if parts > 1), default=0)
+    workspace = (x.new_empty(_blocks(rows, _TILE) * _TILE, 4, dtype=torch.float32), grad.new_empty(1),
+                 grad.new_empty(partial, dim), None if bias is None else grad.new_empty(parts_table, vocab))
+    _cuda.launch(C.cross_entropy_backward_cuda, x.device, pointer(grad), tuple(map(pointer, inputs)),
+                 (rows, vocab, dim, stride), ignore_index, label_smoothing, (0, pointer(lse)), tuple(map(pointer, workspace)),
+                 (parts_x, parts_table), (pointer(grad_x), pointer(grad_table), pointer(grad_bias)), _cuda.DTYPES[x.dtype])
+    return grad_x, grad_table, grad_bias
+
+
+def _cuda_cases(device: torch.device):
+    """The self-check: both element types, one and two chunks of features, rows left out, and a tile that is not full."""
+    for dtype, rows, vocab, dim in ((torch.float16, 150, 300, 40), (torch.bfloat16, 70, 500, 128)):
+        data = reference.philox_normal(torch.tensor([dim]), 1, rows + vocab, dim, 0, None, 3, torch.float32, device)[0].to(dtype)
+        x, table = data[:rows], data[rows:]
+        target = torch.arange(rows, device=device) * 7 % vocab
+        target[::5] = -100
+        problem, loss = (x, table, table[:, 0].clone(), target), torch.linspace(1e-4, 2e-4, rows, device=device)
+        exact = tuple(t.double() if t.is_floating_point() else t for t in problem)
+        lse = reference.linear_cross_entropy(*exact, 0.1)[1]
+        yield ("linear_cross_entropy", lambda p=problem: _forward_kernel(*p, 0.1, -100),
+               lambda p=exact: reference.linear_cross_entropy(*p, 0.1), 1e-5)
+        yield ("linear_cross_entropy_backward", lambda p=problem, g=loss, s=lse: _backward_kernel(g, *p, s.float(), 0.1, -100),
+               lambda p=exact, g=loss, s=lse: reference.linear_cross_entropy_backward(g.double(), *p, s, 0.1), 0.01)
+
+
+def _use_cuda(x: Tensor, table: Tensor) -> bool:
+    return (x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and 0 < x.shape[1] <= _MOST_FEATURES
+            and table.shape[0] > 0 and _cuda.compiled() and _cuda.trusted("cross_entropy", x.device, _cuda_cases))
+
+
+def _forward_cuda(x: Tensor, table: Tensor, *arguments) -> tuple[Tensor, Tensor]:
+    return (_forward_kernel if _use_cuda(x, table) else reference.linear_cross_entropy)(x, table, *arguments)
+
+
+def _backward_cuda(grad: Tensor, x: Tensor, table: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor | None]:
+    return (_backward_kernel if _use_cuda(x, table) else reference.linear_cross_entropy_backward)(grad, x, table, *arguments)
+
+
 library.impl("linear_cross_entropy", _forward_cpu, "CPU")
+library.impl("linear_cross_entropy", _forward_cuda, "CUDA")
 library.impl("linear_cross_entropy_backward", _backward_cpu, "CPU")
+library.impl("linear_cross_entropy_backward", _backward_cuda, "CUDA")
 library.impl("linear_cross_entropy", reference.linear_cross_entropy, "CompositeExplicitAutograd")
 library.impl("linear_cross_entropy_backward", reference.linear_cross_entropy_backward, "CompositeExplicitAutograd")
 

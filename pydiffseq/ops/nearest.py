@@ -194,7 +194,7 @@ def _nearest_kernel(x: Tensor, table: Tensor, bias: Tensor | None, dot: bool) ->
     packed = _packed_for_cuda(table, bias, dot)
     rows, (padded_rows, features) = ids.numel(), packed[0].shape
     tiles = padded_rows // _TILE
-    parts = C.nearest_parts_cuda(rows, tiles, x.device.index or 0)
+    parts = C.tile_parts_cuda(rows, tiles, x.device.index or 0)
     workspace = (x.new_empty(rows, features, dtype=torch.bfloat16), x.new_empty(rows, 2, dtype=torch.float32),
                  x.new_empty(rows, parts, _SLOTS, _SLOT_WORDS, dtype=torch.float32))
     _cuda.launch(C.nearest_search_cuda, x.device, pointer(x), rows, pointer(table), pointer(bias), dot, *table.shape,

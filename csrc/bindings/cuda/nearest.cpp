@@ -8,8 +8,8 @@ namespace pds {
 namespace {
 
 int64_t parts(int64_t rows, int64_t tiles, int device) {
-  const int64_t count = cuda::nearest_parts(rows, tiles, device);
-  if (count < 0) check_cuda("nearest", static_cast<cuda::Status>(-count));
+  const int64_t count = cuda::tile_parts(rows, tiles, device);
+  if (count < 0) check_cuda("tile_parts", static_cast<cuda::Status>(-count));
   return count;
 }
 
@@ -39,7 +39,7 @@ void search(Address x, int64_t rows, Address table, Address bias, bool dot, int6
 }  // namespace
 
 void bind_nearest_cuda(py::module_& m) {
-  m.def("nearest_parts_cuda", &parts);
+  m.def("tile_parts_cuda", &parts);
   m.def("nearest_search_cuda", &search);
 }
 
