@@ -51,7 +51,8 @@ __device__ __forceinline__ LogSum merge(const LogSum& a, const LogSum& b) {
 __device__ __forceinline__ void add_logits(LogSum& to, const float scores[2][8][4], int i) {
   float highest = to.highest;
 #pragma unroll
-  for (int n = 0; n < 8; ++n) highest = fmaxf(highest, fmaxf(scores[i / 2][n][2 * (i % 2)], scores[i / 2][n][2 * (i % 2) + 1]));
+  for (int n = 0; n < 8; ++n)
+    highest = fmaxf(highest, fmaxf(scores[i / 2][n][2 * (i % 2)], scores[i / 2][n][2 * (i % 2) + 1]));
   float sum = to.sum * fast_exp(to.highest - highest);
 #pragma unroll
   for (int n = 0; n < 8; ++n)
@@ -104,7 +105,8 @@ __global__ void __launch_bounds__(kTileThreads, 2) cross_entropy_forward_kernel(
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int offset = targets[at.row(i)] - first;
-          if (inside(offset, kTileRows)) note_target(a.at_target + share.first_row + at.row(i), scores, i, offset, at);
+          float* at_target = a.at_target + share.first_row + at.row(i);
+          if (inside(offset, kTileRows)) note_target(at_target, scores, i, offset, at);
           add_logits(sums[i], scores, i);
         }
         if (a.uniform == 0.f) return;
@@ -280,10 +282,11 @@ cross_entropy_gradient_kernel(const __grid_constant__ CrossEntropyCudaArgs a) {
     const SharedAddress stage = memory + Layout::kLeft + (tile - share.tile) % 2 * Layout::kStage;
 #pragma unroll 1
     for (int chunk = 0; chunk < kChunks; ++chunk)
-      load_chunk<kGradientTile>(stage + chunk * Chunk::bytes(kGradientTile), right, static_cast<int64_t>(tile) * kGradientTile, chunk);
+      load_chunk<kGradientTile>(stage + chunk * Chunk::bytes(kGradientTile), right, int64_t{tile} * kGradientTile, chunk);
   };
 #pragma unroll 1
-  for (int chunk = 0; chunk < kChunks; ++chunk) load_chunk<kTileRows>(memory + chunk * kChunkBytes, left, share.first_row, chunk);
+  for (int chunk = 0; chunk < kChunks; ++chunk)
+    load_chunk<kTileRows>(memory + chunk * kChunkBytes, left, share.first_row, chunk);
   load(share.tile);
   commit_copies();
   float product[2][4 * kChunks][4] = {};

@@ -213,7 +213,8 @@ cudaError_t run(const NearestCudaArgs& args, const Launch& launch, int most_shar
   if (status != cudaSuccess) return status;
   const int64_t chunks = args.padded / kTileFeatures, resident = kMarginBytes + walk_bytes(true, 3, chunks);
   const bool fits = resident <= most_shared;
-  const Grid grid{row_tiles * args.parts, kTileThreads, static_cast<size_t>(fits ? resident : kMarginBytes + walk_bytes(false, 2, chunks))};
+  const int64_t shared_bytes = fits ? resident : kMarginBytes + walk_bytes(false, 2, chunks);
+  const Grid grid{row_tiles * args.parts, kTileThreads, static_cast<size_t>(shared_bytes)};
   status = fits ? start(&nearest_filter_kernel<true, 3>, grid, launch, args)
                 : start(&nearest_filter_kernel<false, 2>, grid, launch, args);
   if (status != cudaSuccess) return status;

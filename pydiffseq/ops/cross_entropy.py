@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -114,7 +116,9 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
-def _kernel_inputs(x: Tensor, table: Tensor, bias: Tensor | None, target: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+def _kernel_inputs(x: Tensor, table: Tensor, bias: Tensor | None,
+                   target: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, int, int]]:
+    """(x, table, float32 bias, target) as the kernels take them, and (rows, vocab, features with padding)."""
     vocab = table.shape[0]
     padded = x.new_full((_blocks(vocab, _TILE) * _TILE,), -torch.inf, dtype=torch.float32)
     padded[:vocab] = 0.0 if bias is None else bias
@@ -149,25 +153,26 @@ def _backward_kernel(grad: Tensor, x: Tensor, table: Tensor, bias: Tensor | None
     workspace = (x.new_empty(_blocks(rows, _TILE) * _TILE, 4, dtype=torch.float32), grad.new_empty(1),
                  grad.new_empty(partial, dim), None if bias is None else grad.new_empty(parts_table, vocab))
     _cuda.launch(C.cross_entropy_backward_cuda, x.device, pointer(grad), tuple(map(pointer, inputs)),
-                 (rows, vocab, dim, stride), ignore_index, label_smoothing, (0, pointer(lse)), tuple(map(pointer, workspace)),
-                 (parts_x, parts_table), (pointer(grad_x), pointer(grad_table), pointer(grad_bias)), _cuda.DTYPES[x.dtype])
+                 (rows, vocab, dim, stride), ignore_index, label_smoothing, (0, pointer(lse)),
+                 tuple(map(pointer, workspace)), (parts_x, parts_table),
+                 tuple(map(pointer, (grad_x, grad_table, grad_bias))), _cuda.DTYPES[x.dtype])
     return grad_x, grad_table, grad_bias
 
 
 def _cuda_cases(device: torch.device):
     """The self-check: both element types, one and two chunks of features, rows left out, and a tile that is not full."""
     for dtype, rows, vocab, dim in ((torch.float16, 150, 300, 40), (torch.bfloat16, 70, 500, 128)):
-        data = reference.philox_normal(torch.tensor([dim]), 1, rows + vocab, dim, 0, None, 3, torch.float32, device)[0].to(dtype)
-        x, table = data[:rows], data[rows:]
-        target = torch.arange(rows, device=device) * 7 % vocab
+        seed = torch.tensor([dim])
+        data = reference.philox_normal(seed, 1, rows + vocab, dim, 0, None, 3, torch.float32, device)[0].to(dtype)
+        x, table, bias = data[:rows], data[rows:], data[rows:, 0].clone()
+        target, grad = torch.arange(rows, device=device) * 7 % vocab, torch.linspace(1e-4, 2e-4, rows, device=device)
         target[::5] = -100
-        problem, loss = (x, table, table[:, 0].clone(), target), torch.linspace(1e-4, 2e-4, rows, device=device)
-        exact = tuple(t.double() if t.is_floating_point() else t for t in problem)
+        ours, exact = (x, table, bias, target), (x.double(), table.double(), bias.double(), target)
         lse = reference.linear_cross_entropy(*exact, 0.1)[1]
-        yield ("linear_cross_entropy", lambda p=problem: _forward_kernel(*p, 0.1, -100),
-               lambda p=exact: reference.linear_cross_entropy(*p, 0.1), 1e-5)
-        yield ("linear_cross_entropy_backward", lambda p=problem, g=loss, s=lse: _backward_kernel(g, *p, s.float(), 0.1, -100),
-               lambda p=exact, g=loss, s=lse: reference.linear_cross_entropy_backward(g.double(), *p, s, 0.1), 0.01)
+        yield ("linear_cross_entropy", functools.partial(_forward_kernel, *ours, 0.1, -100),
+               functools.partial(reference.linear_cross_entropy, *exact, 0.1), 1e-5)
+        yield ("linear_cross_entropy_backward", functools.partial(_backward_kernel, grad, *ours, lse.float(), 0.1, -100),
+               functools.partial(reference.linear_cross_entropy_backward, grad.double(), *exact, lse, 0.1), 0.01)
 
 
 def _use_cuda(x: Tensor, table: Tensor) -> bool:
@@ -180,7 +185,8 @@ def _forward_cuda(x: Tensor, table: Tensor, *arguments) -> tuple[Tensor, Tensor]
 
 
 def _backward_cuda(grad: Tensor, x: Tensor, table: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor | None]:
-    return (_backward_kernel if _use_cuda(x, table) else reference.linear_cross_entropy_backward)(grad, x, table, *arguments)
+    backward = _backward_kernel if _use_cuda(x, table) else reference.linear_cross_entropy_backward
+    return backward(grad, x, table, *arguments)
 
 
 library.impl("linear_cross_entropy", _forward_cpu, "CPU")

@@ -48,7 +48,8 @@ def check(x, table, bias, target, smoothing=0.0, scale=1.0):
     grad = scale * torch.rand(len(target), device="cuda")
     ours = losses_and_gradients(linear_cross_entropy, x, table, bias, target, grad, smoothing)
     theirs = losses_and_gradients(eager, x, table, bias, target, grad, smoothing)
-    want = losses_and_gradients(eager, x.double(), table.double(), None if bias is None else bias.double(), target, grad, smoothing)
+    exact = (t if t is None else t.double() for t in (x, table, bias))
+    want = losses_and_gradients(eager, *exact, target, grad, smoothing)
     for got, other, exact in zip(ours, theirs, want, strict=True):
         assert (got.double() - exact).norm() <= 2 * (other.double() - exact).norm() + 1e-5 * exact.norm()
     assert (ours[0].double() - want[0]).abs().max() <= 3e-5 * max(1.0, float(want[0].abs().max()) / 10)
