@@ -1,6 +1,6 @@
-"""Score one sentence per concept set against all its references: SacreBLEU, and how many concepts it mentions.
+"""How many of its concepts one sentence per concept set mentions.
 
-Usage: score.py generate.txt test.jsonl [--lowercase]
+Usage: score.py generate.txt test.jsonl
 
 generate.txt is the output of fairseq-generate on the pairs of test.jsonl. The hypothesis of a set is the first one of the
 first of its pairs; sets are told apart by their ``src``.
@@ -10,17 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-import sacrebleu
-
 from pydiffseq.data.candidates import read_candidates
-
-
-def grouped(hypotheses: dict[int, str], pairs: list[dict[str, str]]) -> list[tuple[str, str, list[str]]]:
-    """``(source, hypothesis, references)`` of every concept set, in their order."""
-    sets: dict[str, tuple[str, str, list[str]]] = {}
-    for number, pair in enumerate(pairs):
-        sets.setdefault(pair["src"], (pair["src"], hypotheses[number], []))[2].append(pair["trg"])
-    return list(sets.values())
 
 
 def mentioned(source: str, hypothesis: str) -> float:
@@ -34,19 +24,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path, help="what fairseq-generate printed")
     parser.add_argument("pairs", type=Path, help="JSON lines with src and trg")
-    parser.add_argument("--lowercase", action="store_true", help="compare lower-cased text")
     args = parser.parse_args()
-    pairs = [json.loads(line) for line in args.pairs.read_text(encoding="utf-8").splitlines()]
+    sources = [json.loads(line)["src"] for line in args.pairs.read_text(encoding="utf-8").splitlines()]
     found = {sentence.number: sentence.candidates[0] for sentence in read_candidates([args.output], "fairseq", "D")}
-    if len(found) != len(pairs):
-        raise SystemExit(f"{args.output} has {len(found)} sentences, but {args.pairs} has {len(pairs)} pairs")
-    sets = grouped(found, pairs)
-    most = max(len(references) for _, _, references in sets)
-    # sacrebleu takes as many references for every sentence; None stands for one that is not there.
-    streams = [[references[i] if i < len(references) else None for _, _, references in sets] for i in range(most)]
-    bleu = sacrebleu.corpus_bleu([hypothesis for _, hypothesis, _ in sets], streams, lowercase=args.lowercase)
-    share = sum(mentioned(source, hypothesis) for source, hypothesis, _ in sets) / len(sets)
-    print(f"{len(sets)} concept sets: SacreBLEU {bleu.score:.2f}, concepts mentioned {100 * share:.1f} %")
+    if len(found) != len(sources):
+        raise SystemExit(f"{args.output} has {len(found)} sentences, but {args.pairs} has {len(sources)} pairs")
+    first: dict[str, str] = {}
+    for number, source in enumerate(sources):
+        first.setdefault(source, found[number])
+    share = sum(mentioned(source, hypothesis) for source, hypothesis in first.items()) / len(first)
+    print(f"{len(first)} concept sets: concepts mentioned {100 * share:.1f} %")
 
 
 if __name__ == "__main__":

@@ -26,11 +26,12 @@ BERT_MARKS = ("[CLS]", "[SEP]", "[PAD]")   # DiffuSeq decodes special tokens, to
 
 @dataclass
 class Sentence:
-    """The candidates of one sentence, at least one, in the order of the files; a reference where the format has it."""
+    """The candidates of one sentence, at least one, in the order of the files; source and references where known."""
 
     number: int
     candidates: list[str] = field(default_factory=list)
-    reference: str | None = None
+    references: list[str] = field(default_factory=list)
+    source: str | None = None
 
 
 def read_candidates(paths: Sequence[Path], form: str | None = None, fairseq_line: str = "H") -> Iterator[Sentence]:
@@ -75,7 +76,9 @@ def _read_fairseq(path: Path, letter: str) -> Iterator[Sentence]:
             if kind == letter:
                 sentence.candidates.append(text.partition("\t")[2])   # after the score
             elif kind == "T":
-                sentence.reference = text
+                sentence.references = [text]
+            elif kind == "S":
+                sentence.source = text
         if not sentence.candidates:
             raise InputError(f"{path}:{start} begins a block of sentence {number} without {letter}- lines")
         yield sentence
@@ -110,7 +113,10 @@ def _read_lists(path: Path) -> Iterator[Sentence]:
         raise InputError(f"{path} is empty; it must hold a JSON list of strings per line")
 
 
-def _read_parallel(paths: Sequence[Path], parse: Callable[[str, str], tuple[str, str | None]]) -> Iterator[Sentence]:
+Record = tuple[str, str | None, str | None]   # hypothesis, reference, source
+
+
+def _read_parallel(paths: Sequence[Path], parse: Callable[[str, str], Record]) -> Iterator[Sentence]:
     number = -1
     for number, lines in enumerate(itertools.zip_longest(*map(read_lines, paths))):
         sentence = Sentence(number)
@@ -118,21 +124,22 @@ def _read_parallel(paths: Sequence[Path], parse: Callable[[str, str], tuple[str,
             if line is None:
                 longer = next(other for other, there in zip(paths, lines, strict=True) if there is not None)
                 raise InputError(f"{path} ends before line {number + 1}, which {longer} has")
-            text, reference = parse(line, f"{path}:{number + 1}")
+            text, reference, sentence.source = parse(line, f"{path}:{number + 1}")
             sentence.candidates.append(text)
-            if reference is not None and sentence.reference not in (None, reference):
+            given = [] if reference is None else [reference]
+            if sentence.references not in ([], given):
                 raise InputError(f"{path}:{number + 1} has another reference than {paths[0]}:{number + 1}")
-            sentence.reference = reference
+            sentence.references = given
         yield sentence
     if number < 0:
         raise InputError(f"{paths[0]} is empty")
 
 
-def _text_line(line: str, where: str) -> tuple[str, None]:
-    return line.strip(), None
+def _text_line(line: str, where: str) -> Record:
+    return line.strip(), None, None
 
 
-def _diffuseq_record(line: str, where: str) -> tuple[str, str]:
+def _diffuseq_record(line: str, where: str) -> Record:
     record = _parse_json(line, where, dict)
     texts = []
     for key in ("recover", "reference"):
@@ -143,7 +150,8 @@ def _diffuseq_record(line: str, where: str) -> tuple[str, str]:
         for mark in BERT_MARKS:
             text = text.replace(mark, "")
         texts.append(one_line(text))
-    return texts[0], texts[1]
+    source = record.get("source")
+    return texts[0], texts[1], source if isinstance(source, str) else None
 
 
 def _parse_json(line: str, where: str, kind: type) -> Any:

@@ -17,6 +17,7 @@ from pydiffseq.diffusion.steps import ENDS
 from pydiffseq.nn.freeze import freeze
 
 ROUNDINGS = ("off", "every", "from", "until")
+DRIFTS = ("follow", "start", "ignore")
 FINALS = ("x0_hat", "state")
 STEP_LISTS = ("auto", *SPACINGS)
 
@@ -39,8 +40,11 @@ class DecodeOptions:
             clamp).
         rounding_step: 0..T, see ``rounding``.
         noise_limit: truncate the noise of a step to this many standard deviations (DiffuSeq's ``top_p``); 0: do not.
-        absorb_rate: R, after each step a token becomes the absorbing vector with probability R sqrt(1 - abar)
-            (DiffuSeq-v2's ancestral sampler); 0: never. Needs a network with ``soft_absorb``.
+        absorb_rate: R, after each step a token becomes the absorbing vector with probability R x the standard deviation of
+            the step's noise (DiffuSeq-v2's ancestral sampler); 0: never. Needs a network with ``soft_absorb``.
+        drift: how the steps of a network with ``soft_absorb`` treat the absorbing vector m, to which its noise drifts:
+            ``follow`` it, as training does; have it in the ``start`` alone, and ``ignore`` it, are DiffuSeq-v2's ancestral
+            and DPM-Solver code, whose states lose m too early or never have it.
         step_end: ``clean`` ends the step list at abar = 1; ``zero`` at timestep 0 (as published).
         final: tokens are read off the last ``x0_hat``, or off the final ``state`` (as published).
         mbr_metric, mbr_smoothing, mbr_direction: how candidates are ordered, see
@@ -65,6 +69,7 @@ class DecodeOptions:
     rounding_step: int = 0
     noise_limit: float = 0.0
     absorb_rate: float = 0.0
+    drift: str = "follow"
     step_end: str = "clean"
     final: str = "x0_hat"
     mbr_metric: str = "bleu"
@@ -76,7 +81,7 @@ class DecodeOptions:
 
     def __post_init__(self) -> None:
         choices = {"step_list": STEP_LISTS, "solver": tuple(SOLVERS), "rounding": ROUNDINGS, "step_end": ENDS,
-                   "final": FINALS, "mbr_metric": TOKEN_METRICS, "mbr_smoothing": SMOOTHINGS,
+                   "final": FINALS, "drift": DRIFTS, "mbr_metric": TOKEN_METRICS, "mbr_smoothing": SMOOTHINGS,
                    "mbr_direction": MBR_DIRECTIONS}
         for name, accepted in choices.items():
             if getattr(self, name) not in accepted:
@@ -128,8 +133,8 @@ class Decoder:
         steps_planned, steps_run: denoising steps of all candidates so far, by the step lists and after early stops.
 
     Raises:
-        ValueError: the model is in training mode, ``rounding_step`` is outside 0..T, or ``absorb_rate`` is given for a
-            network without an absorbing state.
+        ValueError: the model is in training mode, ``rounding_step`` is outside 0..T, or ``absorb_rate`` or ``drift`` is
+            given for a network without an absorbing state.
     """
 
     def __init__(self, model: DenoisingNetwork, options: DecodeOptions) -> None:
@@ -141,6 +146,9 @@ class Decoder:
         if options.absorb_rate and model.absorbing is None:
             raise ValueError("absorb_rate needs a model with an absorbing state (DiffuSeq trained with soft_absorb), "
                              "got one without")
+        if options.drift != "follow" and model.absorbing is None:
+            raise ValueError(f"drift {options.drift!r} needs a model with an absorbing state (DiffuSeq trained with "
+                             "soft_absorb), got one without")
         self.options = options
         self.model = cast(DenoisingNetwork, freeze(cast(torch.nn.Module, model)))
         self.table = self.model.embedding.table()

@@ -42,6 +42,7 @@ class DenoisingRun:
         self.lengths, self.width, self.rows = lengths, width, rows
         inside = torch.arange(width, device=lengths.device) < lengths[:, None]
         self.mask = inside if model.length_head is not None else None
+        self.shift = model.absorbing if options.drift == "follow" else None   # what the solver's state counts from
         self.x_self: Tensor | None = None
         self.history: list[Tensor] = []
         self.planned = self.made = 0
@@ -62,13 +63,16 @@ class DenoisingRun:
         seed, step_list = ops.draw_seed(o.seed), self._step_list()
         shape = (len(self.lengths), self.width, self.model.config.latent_dim)
         x = ops.philox_normal(shape, seed=seed, rows=self.rows, dtype=table.dtype, device=table.device)
+        vector = 0.0 if self.model.absorbing is None else self.model.absorbing
+        if o.drift == "start":
+            x = x + vector
         self.planned = len(x) * len(step_list)
         self.steps.fill_(len(step_list))
         if o.patience:
             self.fixed = torch.empty(shape[:2], dtype=torch.int64, device=x.device), torch.empty_like(x)
         state, _ = SOLVERS[o.solver](
             self._denoise, x, step_list, self.model.schedule, seed=seed, rows=self.rows,
-            update=choose_update(o.noise_limit, o.absorb_rate, step_list, self.model.schedule),
+            update=choose_update(o.noise_limit, o.absorb_rate, 0.0 if self.shift is not None else vector),
             callback=self._leave if o.patience else None)
         tokens, latent = self._result(state)
         return tokens, -embedding.nll(latent, tokens), self.steps
@@ -76,7 +80,7 @@ class DenoisingRun:
     def _result(self, state: Tensor) -> tuple[Tensor, Tensor]:
         """Token ids and the vectors that their probabilities are read off: the state, or the unrounded prediction."""
         if self.options.final == "state":
-            state = state if self.model.absorbing is None else state + self.model.absorbing
+            state = state if self.shift is None else state + self.shift
             return self.model.embedding.likeliest(state), state
         if self.x_self is None or self.unrounded is None:
             raise RuntimeError("the solver did not call the network")
@@ -108,18 +112,17 @@ class DenoisingRun:
     def _denoise(self, x: Tensor, t: Tensor) -> Tensor:
         """x0_hat ``[M, N, d]`` of the state ``x`` at timesteps ``t`` ``[M]`` or ``[M, N]``, rounded if so wanted.
 
-        The solver's states and predictions count from the absorbing vector, where there is one: noise drifts to it.
+        The solver's states and predictions count from the absorbing vector, where noise drifts to one.
         """
         self.made += len(x)
-        shift = self.model.absorbing
-        if shift is not None:
-            x = x + shift
+        if self.shift is not None:
+            x = x + self.shift
         t = t.expand(x.shape[:2]) if t.dim() == 2 else t.view(-1, 1).expand(x.shape[:2])
         self.unrounded = self.model.denoise(x, t, self.encoded, self.mask, self.x_self, self.lengths)
         self.x_self = x0_hat = self._round(self.unrounded, t)
         if self.options.history or self.options.patience:
             self._remember(self.model.embedding.likeliest(x0_hat))
-        return x0_hat if shift is None else x0_hat - shift
+        return x0_hat if self.shift is None else x0_hat - self.shift
 
     def _round(self, x0_hat: Tensor, t: Tensor) -> Tensor:
         """The nearest embeddings, at the timesteps where they are wanted."""

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from pydiffseq import ops
-from pydiffseq.diffusion import NoiseSchedule, StepList
 from pydiffseq.diffusion.noise import truncate_normal
 from pydiffseq.diffusion.solvers import Update
 from pydiffseq.models.base import token_uniform
@@ -27,29 +24,24 @@ def truncated_update(limit: float) -> Update:
     return update
 
 
-def absorbing_update(rate: float, steps: Sequence[tuple], schedule: NoiseSchedule, update: Update) -> Update:
-    """``update``, after which a token returns to the absorbing state with probability ``rate sqrt(1 - abar_u)``.
+def absorbing_update(rate: float, vector: Tensor | float, update: Update) -> Update:
+    """``update``, after which a token becomes ``vector``, the absorbing state, with probability ``rate`` times its noise.
 
-    DiffuSeq-v2's discrete noise while sampling (spec 1.11b). ``u`` is the timestep that the update arrives at; the state
-    counts from the absorbing vector, which is therefore 0.
+    DiffuSeq-v2's discrete noise while sampling (spec 1.11b), where that is ``rate sqrt(beta_t)`` at each of its T steps;
+    a longer step adds more noise, and one without noise replaces nothing. ``vector`` is 0 where the state counts from it.
     """
 
     def absorb(x: Tensor, x0_hat: Tensor, a: Tensor, b: Tensor, c: Tensor, *, seed: int | Tensor | None, step: int,
                rows: Tensor | None) -> Tensor:
         moved = update(x, x0_hat, a, b, c, seed=seed, step=step, rows=rows)
-        after = torch.as_tensor(steps[step][1], device=x.device)
-        after = after[:, None] if after.dim() == 1 else after
-        share = rate * (1 - schedule.abar_at(after)).sqrt().float()
         here = torch.arange(len(x), device=x.device) if rows is None else rows
-        gone = token_uniform(seed, here, x.size(1), step=step + 1) < share
-        return moved.masked_fill(gone[..., None], 0.0)
+        gone = token_uniform(seed, here, x.size(1), step=step + 1) < rate * c
+        return torch.where(gone[..., None], torch.as_tensor(vector, dtype=moved.dtype, device=x.device), moved)
 
     return absorb
 
 
-def choose_update(noise_limit: float, absorb_rate: float, steps: StepList, schedule: NoiseSchedule) -> Update | None:
+def choose_update(noise_limit: float, absorb_rate: float, vector: Tensor | float) -> Update | None:
     """The update that the options ask for; ``None``: the solver's own."""
     update = truncated_update(noise_limit) if noise_limit else None
-    if absorb_rate:
-        return absorbing_update(absorb_rate, steps, schedule, update or ops.sampler_step)
-    return update
+    return absorbing_update(absorb_rate, vector, update or ops.sampler_step) if absorb_rate else update

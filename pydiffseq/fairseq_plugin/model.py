@@ -57,6 +57,8 @@ class DiffusionFairseqModel(BaseFairseqModel):
         super().__init__()
         self.net = self.network_class(config)
         self.ema = ModuleEMA(self.net, ema_rate) if ema_rate else None
+        if self.ema is not None:   # the history of losses is the training's alone
+            cast(DiffusionModel, self.ema.module).sampler_state = None
         self.num_updates = 0
 
     @classmethod
@@ -107,9 +109,9 @@ class DiffusionFairseqModel(BaseFairseqModel):
         prefix = f"{name}." if name else ""
         net = {key: value for key, value in state_dict.items() if key.startswith(f"{prefix}net.")}
         self._check_vocabulary(net.get(f"{prefix}net.embedding.weight"))
-        if self.net.absorbing is not None and net and f"{prefix}net.absorbing" not in net:
-            raise InputError("the checkpoint was trained without --soft-absorb (DiffuSeq-v1) and has no absorbing state; "
-                             "leave that option out, or train from the start")
+        self._check_absorbing(f"{prefix}net.absorbing" in net if net else None)
+        self._fit_sampler_state(state_dict, prefix)
+        net = {key: value for key, value in net.items() if not key.startswith(f"{prefix}net.sampler_state.")}
         averaged = any(key.startswith(f"{prefix}ema.") for key in state_dict)
         if self.ema is None:
             for key in [key for key in state_dict if key.startswith(f"{prefix}ema.")]:
@@ -118,6 +120,27 @@ class DiffusionFairseqModel(BaseFairseqModel):
             start = len(prefix) + len("net.")
             state_dict.update({f"{prefix}ema.module.{key[start:]}": value for key, value in net.items()})
             state_dict[f"{prefix}ema.updates"] = torch.zeros((), dtype=torch.int64)
+
+    def _check_absorbing(self, saved: bool | None) -> None:
+        """Refuse a checkpoint of the other DiffuSeq; ``saved``: whether it has an absorbing state."""
+        if saved is False and self.net.absorbing is not None:
+            raise InputError("the checkpoint was trained without --soft-absorb (DiffuSeq-v1) and has no absorbing state; "
+                             "leave that option out, or train from the start")
+        if saved and self.net.absorbing is None:
+            raise InputError("the checkpoint was trained with --soft-absorb (DiffuSeq-v2); give that option, or train from "
+                             "the start")
+
+    def _fit_sampler_state(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        """What a timestep sampler learnt: leave it out where this model's does not learn, start anew where it is missing.
+
+        Checkpoints of earlier versions hold it a second time, beside the averaged weights.
+        """
+        own = {} if self.net.sampler_state is None else {
+            f"{prefix}net.sampler_state.{key}": value for key, value in self.net.sampler_state.state_dict().items()}
+        for key in [key for key in state_dict if ".sampler_state." in key and key not in own]:
+            del state_dict[key]
+        for key, value in own.items():
+            state_dict.setdefault(key, value)
 
     def load_state_dict(self, state_dict, strict: bool = True, model_cfg=None, args=None):
         try:

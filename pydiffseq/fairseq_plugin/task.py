@@ -15,7 +15,7 @@ from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from omegaconf import OmegaConf
 
 from pydiffseq.decoding import MBR_DIRECTIONS, DecodeOptions
-from pydiffseq.decoding.decode import FINALS, ROUNDINGS, STEP_LISTS
+from pydiffseq.decoding.decode import DRIFTS, FINALS, ROUNDINGS, STEP_LISTS
 from pydiffseq.decoding.mbr import SMOOTHINGS, TOKEN_METRICS
 from pydiffseq.diffusion import SOLVERS, check_visited, read_visited
 from pydiffseq.diffusion.steps import ENDS
@@ -53,8 +53,12 @@ class DiffusionSeq2SeqConfig(TranslationConfig):
     noise_limit: float = field(default=DEFAULTS.noise_limit, metadata={
         "help": "truncate each step's noise to this many standard deviations (DiffuSeq's top_p); 0: do not"})
     absorb_rate: float = field(default=DEFAULTS.absorb_rate, metadata={
-        "help": "R: after each step a token becomes the absorbing vector with probability R sqrt(1 - abar) "
-                "(DiffuSeq-v2, with --solver ancestral); 0: never"})
+        "help": "R: after each step a token becomes the absorbing vector with probability R x the standard deviation of "
+                "its noise (DiffuSeq-v2, with --solver ancestral); 0: never"})
+    drift: ChoiceEnum(DRIFTS) = field(  # type: ignore[valid-type]
+        default=DEFAULTS.drift, metadata={
+            "help": "with --soft-absorb: steps follow the drift to the absorbing vector, or have the vector in their start "
+                    "alone (DiffuSeq-v2's ancestral code), or ignore it (its DPM-Solver code)"})
     step_end: ChoiceEnum(ENDS) = field(  # type: ignore[valid-type]
         default=DEFAULTS.step_end, metadata={
             "help": "end the step list at the clean state or at timestep 0 (zero, as published)"})
@@ -152,7 +156,8 @@ class DiffusionSeq2SeqTask(TranslationTask):
                 steps=value("decode_steps"), **self._step_list(value("step_list"), models[0]),
                 patience=value("early_stop"), solver=str(value("solver")), length_beam=value("length_beam"),
                 noise_beam=value("noise_beam"), rounding=str(value("rounding")), rounding_step=value("rounding_step"),
-                noise_limit=value("noise_limit"), absorb_rate=value("absorb_rate"), step_end=str(value("step_end")),
+                noise_limit=value("noise_limit"), absorb_rate=value("absorb_rate"), drift=str(value("drift")),
+                step_end=str(value("step_end")),
                 final=str(value("final")), mbr_metric=str(value("mbr_metric")),
                 mbr_smoothing=str(value("mbr_smoothing")), mbr_direction=str(value("mbr_direction")),
                 candidate_tokens=value("candidate_tokens"), seed=value("decode_seed"),

@@ -12,8 +12,9 @@ class Unavailable(RuntimeError):
     """Why BERTScore cannot be computed here, in one sentence."""
 
 
-def bert_score(hypotheses: Sequence[str], references: Sequence[str], model: Path, layer: int = PUBLISHED_LAYER) -> float:
-    """Mean F1 of BERTScore (Zhang et al., 2020), without rescaling, as DiffuSeq reports it.
+def bert_score(hypotheses: Sequence[str], references: Sequence[Sequence[str]], model: Path,
+               layer: int = PUBLISHED_LAYER) -> float:
+    """Mean F1 of BERTScore (Zhang et al., 2020), without rescaling, as DiffuSeq reports it; the best of several references.
 
     Args:
         model: folder of a Hugging Face model with its tokeniser.
@@ -28,5 +29,6 @@ def bert_score(hypotheses: Sequence[str], references: Sequence[str], model: Path
         raise Unavailable(f"the package bert-score is not there ({error}): pip install bert-score") from error
     if not (model / "config.json").is_file():
         raise Unavailable(f"{model} is no folder of a Hugging Face model (it has no config.json)")
-    values = score(list(hypotheses), list(references), model_type=str(model), num_layers=layer, lang="en")
+    texts = [list(known) for known in references]
+    values = score(list(hypotheses), texts, model_type=str(model), num_layers=layer, lang="en")
     return float(values[2].mean())

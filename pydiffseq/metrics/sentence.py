@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import or_
 
 BLEU_ORDER = 4
 CHRF_ORDER, CHRF_BETA = 6, 2.0
@@ -22,12 +23,19 @@ def _ngrams(tokens: tuple, orders: int) -> tuple[Counter, ...]:
 
 def _matches(hypothesis: tuple, reference: tuple, orders: int) -> list[int]:
     """How many n-grams of the hypothesis the reference holds, each at most as often as there; n = 1 .. orders."""
-    pairs = zip(_ngrams(hypothesis, orders), _ngrams(reference, orders), strict=True)
-    return [sum(min(count, theirs[gram]) for gram, count in ours.items()) for ours, theirs in pairs]
+    return _clipped(_ngrams(hypothesis, orders), _ngrams(reference, orders))
 
 
-def sentence_bleu(hypothesis: Sequence, reference: Sequence, smoothing: str = "add1") -> float:
+def _clipped(hypothesis: tuple[Counter, ...], reference: tuple[Counter, ...]) -> list[int]:
+    return [sum(min(count, theirs[gram]) for gram, count in ours.items())
+            for ours, theirs in zip(hypothesis, reference, strict=True)]
+
+
+def sentence_bleu(hypothesis: Sequence, reference: Sequence, smoothing: str = "add1", *more: Sequence) -> float:
     """BLEU-4 of a sentence: geometric mean of clipped n-gram precisions times the brevity penalty.
+
+    With ``more`` references an n-gram counts as often as in the one that has it most, and the brevity penalty goes by
+    the length closest to the hypothesis', the shorter one of two (Papineni et al., 2002).
 
     ``smoothing`` says what becomes of precisions without matches (the numbered methods are those of Chen and Cherry,
     2014):
@@ -48,10 +56,12 @@ def sentence_bleu(hypothesis: Sequence, reference: Sequence, smoothing: str = "a
     """
     if smoothing not in SMOOTHINGS:
         raise ValueError(f"the smoothing of sentence BLEU must be one of {', '.join(SMOOTHINGS)}, got {smoothing!r}")
-    hypothesis, reference = tuple(hypothesis), tuple(reference)
-    if not hypothesis or not reference:
-        return float(hypothesis == reference)
-    matches, size = _matches(hypothesis, reference, BLEU_ORDER), len(hypothesis)
+    hypothesis, references = tuple(hypothesis), [tuple(words) for words in (reference, *more)]
+    if not hypothesis or not any(references):
+        return float(hypothesis in references)
+    counts = [_ngrams(words, BLEU_ORDER) for words in references]
+    merged = counts[0] if not more else tuple(reduce(or_, orders) for orders in zip(*counts, strict=True))
+    matches, size = _clipped(_ngrams(hypothesis, BLEU_ORDER), merged), len(hypothesis)
     if not matches[0] and smoothing != "add1_all":
         return 0.0
     orders = BLEU_ORDER if smoothing in ("add1_all", "method4") else min(BLEU_ORDER, size)
@@ -68,7 +78,8 @@ def sentence_bleu(hypothesis: Sequence, reference: Sequence, smoothing: str = "a
         elif size > 1:
             halved *= 2
             matched, counted = matched * math.log(size), counted * (halved * 5 * max(total, 1))
-    brevity = min(0.0, 1.0 - len(reference) / size)
+    closest = min(map(len, references), key=lambda length: (abs(length - size), length))
+    brevity = min(0.0, 1.0 - closest / size)
     return math.exp(math.log(matched / counted) / orders + brevity)
 
 

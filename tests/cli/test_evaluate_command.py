@@ -104,3 +104,31 @@ def test_wrong_input_is_one_sentence(tmp_path, capsys, monkeypatch):
     (tmp_path / "hyp").write_text("\n".join(json.dumps({"recover": "a", "reference": r}) for r in "ab"))
     (tmp_path / "two").write_text("\n".join(json.dumps({"recover": "a", "reference": r}) for r in "ac"))
     assert "two:2 has another reference than" in fails(str(tmp_path / "two"))
+
+
+def test_several_references(tmp_path, capsys):
+    """From several files, where an empty line is none, or from the sentences in a row that share a source."""
+    texts = {"hyp": ["a skier skis down the mountain", "the dog runs home now"],
+             "one": ["skiers are skiing", "the dog runs home"], "two": ["a skier skis down the mountain", ""]}
+    for name, lines in texts.items():
+        (tmp_path / name).write_text("".join(f"{line}\n" for line in lines))
+    pairs = [("ski mountain", "skiers are skiing", texts["hyp"][0]), ("ski mountain", texts["two"][0], "never scored"),
+             ("dog run", "the dog runs home", texts["hyp"][1])]
+    (tmp_path / "generate.txt").write_text("".join(
+        f"S-{i}\t{source}\nT-{i}\t{reference}\nH-{i}\t-1\t{text}\n"
+        for i, (source, reference, text) in enumerate(pairs)))
+    records = [{"recover": text, "reference": reference, "source": source} for source, reference, text in pairs]
+    (tmp_path / "seed1.json").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    def scores(*words):
+        assert main(["evaluate", *map(str, words), "--json", str(tmp_path / "v.json"), "--quiet"]) == 0
+        return json.loads((tmp_path / "v.json").read_text())
+
+    found = scores(tmp_path / "hyp", "-r", tmp_path / "one", tmp_path / "two")
+    assert found == scores(tmp_path / "generate.txt", "--join-sources") == scores(tmp_path / "seed1.json", "--join-sources")
+    assert found["sentences"] == 2 and "nrefs:var" in found["signature"]
+    streams = [["skiers are skiing", "the dog runs home"], ["a skier skis down the mountain", None]]
+    assert found["sacrebleu"] == pytest.approx(sacrebleu.corpus_bleu(texts["hyp"], streams).score)
+    assert found["rougeL"] == pytest.approx((1 + 8 / 9) / 2)
+    words = ["evaluate", str(tmp_path / "hyp"), "-r", str(tmp_path / "one"), "--join-sources", "--quiet"]
+    assert main(words) == 2 and "--join-sources needs the source of each sentence" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from test_decode import IDS, SOURCE, oracle, words
 from pydiffseq import ops
 from pydiffseq.decoding import DecodeOptions, Decoder, decode
 from pydiffseq.decoding.updates import absorbing_update, choose_update, truncated_update
-from pydiffseq.diffusion import make_schedule, uniform_steps
+from pydiffseq.diffusion import uniform_steps
 from pydiffseq.models import DiffuSeq, DiffuSeqConfig
 
 X, X0 = torch.randn(2, 3, 4, 8, generator=torch.Generator().manual_seed(0))
@@ -57,25 +57,26 @@ def test_truncated_update():
 
 
 def test_absorbing_update():
-    """Tokens are lost with the probability of the level that is arrived at, none at the clean end."""
-    schedule, steps = make_schedule("sqrt"), uniform_steps(2000, 2)
-    x, rows = torch.ones(50, 100, 2), torch.arange(50)
-    update = absorbing_update(0.5, steps, schedule, ops.sampler_step)
-    a, b, c = torch.ones(50, 100), torch.zeros(50, 100), torch.zeros(50, 100)
-    lost = update(x, x, a, b, c, seed=1, step=0, rows=rows).eq(0)
-    assert torch.equal(lost.any(2), lost.all(2))   # whole tokens
-    expected = 0.5 * float((1 - schedule.abar[steps[0][1]]).sqrt())
-    assert lost.float().mean() == pytest.approx(expected, abs=0.03)
-    assert torch.equal(update(x, x, a, b, c, seed=1, step=1, rows=rows), x)
+    """Tokens become the vector with a probability in proportion to their noise, none where there is no noise."""
+    x, rows, vector = torch.ones(50, 100, 2), torch.arange(50), torch.tensor([2.0, 3.0])
+    update = absorbing_update(0.5, vector, ops.sampler_step)
+    a, b, c = torch.ones(50, 100), torch.zeros(50, 100), torch.linspace(0, 1, 100).expand(50, 100)
+    moved = update(x, x, a, b, c, seed=1, step=0, rows=rows)
+    lost = (moved == vector).all(2)
+    assert torch.equal(lost, (moved == vector).any(2))   # whole tokens
+    assert lost.float().mean() == pytest.approx(0.25, abs=0.02) and not lost[:, 0].any()
+    assert lost[:, 80:].float().mean() == pytest.approx(0.45, abs=0.05)
+    assert torch.equal(moved[~lost], ops.sampler_step(x, x, a, b, c, seed=1, step=0, rows=rows)[~lost])
 
 
 def test_the_solver_keeps_its_own_update_unless_asked():
-    assert choose_update(0.0, 0.0, [], make_schedule("sqrt")) is None
+    assert choose_update(0.0, 0.0, 0.0) is None
 
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"rounding_step": 2001, "rounding": "from"}, r"rounding_step must be in 0..2000 .the diffusion steps., got 2001"),
     ({"rounding_step": -1}, "rounding_step must be in 0..2000"), ({"absorb_rate": 0.5}, "needs a model with an absorbing"),
+    ({"drift": "start"}, "drift 'start' needs a model with an absorbing"), ({"drift": "no"}, "drift must be one of follow"),
     ({"absorb_rate": 1.5}, r"absorb_rate must be in \[0, 1\]"), ({"noise_limit": -1.0}, "noise_limit must be"),
     ({"rounding": "sometimes"}, "rounding must be one of off, every, from, until")])
 def test_wrong_options(changes, message):
@@ -126,3 +127,30 @@ def test_absorbed_tokens_are_the_vector(monkeypatch):
     decode(model, SOURCE, IDS, DecodeOptions(steps=5, solver="ancestral", absorb_rate=1.0))
     at_vector = [(x_t == model.absorbing).all(2).float().mean() for x_t in seen]
     assert at_vector[0] == 0 and at_vector[1] > 0.5 and all(share > 0 for share in at_vector[1:])
+
+
+@pytest.mark.parametrize(("solver", "drift"), [("ancestral", "start"), ("dpmpp2m_refeed", "ignore")])
+def test_drift_as_published(solver, drift, monkeypatch):
+    """DiffuSeq-v2's code (spec 1.11): its ancestral loop has m in the start noise only, its DPM-Solver has it nowhere."""
+    model, seen = absorbing_model(), []
+    original = DiffuSeq.denoise
+
+    def spy(self, x_t, *rest):
+        seen.append((x_t, original(self, x_t, *rest)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(DiffuSeq, "denoise", spy)
+    decode(model, SOURCE, IDS, DecodeOptions(steps=4, solver=solver, drift=drift, rounding="off"))
+    coordinates = {"seed": torch.tensor(1), "rows": IDS}
+    x = ops.philox_normal(seen[0][0].shape, **coordinates) + (model.absorbing if drift == "start" else 0.0)
+    abar = model.schedule.abar
+    for i, ((t, u), (state, x0_hat)) in enumerate(zip(uniform_steps(2000, 4)[:2], seen, strict=False)):
+        torch.testing.assert_close(state, x)
+        if solver == "ancestral":
+            beta = 1 - abar[t] / abar[u]
+            z = ops.philox_normal(x.shape, step=i, stream="x_t", **coordinates)
+            x = (abar[u].sqrt() * beta * x0_hat + (1 - beta).sqrt() * (1 - abar[u]) * x) / (1 - abar[t]) + beta.sqrt() * z
+        else:   # its first step, from the prediction in place of the state
+            a = ((1 - abar[u]) / (1 - abar[t])).sqrt()
+            x = (a + abar[u].sqrt() - a * abar[t].sqrt()) * x0_hat
+        x = x.float()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_generate_command import generate, interactive
 from test_hydra_command import hydra_train
-from toy import TRAIN, command, load, script, train
+from toy import TRAIN, command, load, train
 
 from pydiffseq.cli import main
 from pydiffseq.errors import InputError
@@ -19,49 +19,42 @@ def train_diffuseq(data, save_dir, *words, arch="diffuseq"):
                    *words)
 
 
-@pytest.fixture(scope="module", params=["diffuseq", "diffuseq_plus"])
-def checkpoint(request, data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("diffuseq")
-    train_diffuseq(data, folder, "--ema-rate", 0.9, "--lr", 0.02, "--max-update", 6, arch=request.param)
-    return folder / "checkpoint_last.pt"
-
-
-def test_as_a_user_types_it(data, tmp_path):
-    words = ["--task", "diffusion_seq2seq", "--cpu"]
-    done = script("train", data, *words, "--arch", "diffuseq", *TINY, "--optimizer", "adam", "--max-tokens", 512,
-                  "--max-update", 2, "--save-dir", tmp_path)
-    assert done.returncode == 0, done.stderr
-    done = script("generate", data, *words, "--path", tmp_path / "checkpoint_last.pt", "--decode-steps", 2, "--scoring",
-                  "sacrebleu", "--remove-bpe", "sentencepiece")
-    assert done.returncode == 0 and "Generate test with beam=5: BLEU = " in done.stdout, done.stderr
-
-
-@pytest.mark.parametrize("model", ["diffuseq", "diffuseq_plus"])
-def test_hydra_train(data, tmp_path, model):
+@pytest.fixture(scope="module")
+def checkpoints(data, tmp_path_factory):
+    """A checkpoint of the published recipe after 6 updates, and one of ours, trained as a user types it."""
+    published, plus = (tmp_path_factory.mktemp(name) for name in ("diffuseq", "diffuseq_plus"))
+    train_diffuseq(data, published, "--ema-rate", 0.9, "--lr", 0.02, "--max-update", 6)
     sizes = [f"model.{name.replace('-', '_')}={value}" for name, value in SMALL.items()]
-    done = hydra_train(data, tmp_path, f"model={model}", sizes=sizes)
+    done = hydra_train(data, plus, "model=diffuseq_plus", "model.ema_rate=0.9", sizes=sizes)
     assert done.returncode == 0, done.stderr[-3000:]
-    saved = load(tmp_path / "checkpoints/checkpoint_last.pt")
-    assert saved["cfg"]["model"]["_name"] == model and saved["cfg"]["model"]["hidden_dim"] == 32
-    assert ("net.length_head.offset_bias" in saved["model"]) == (model == "diffuseq_plus")
+    return {"diffuseq": published / "checkpoint_last.pt", "diffuseq_plus": plus / "checkpoints/checkpoint_last.pt"}
 
 
-def test_generate_validate_interactive(data, checkpoint):
-    run = generate(data, checkpoint, "--decode-steps", 3, "--noise-beam", 2, "--nbest", 2)
-    assert sorted(run.lines("D")) == list(range(12))
+@pytest.fixture(params=["diffuseq", "diffuseq_plus"])
+def checkpoint(request, checkpoints):
+    return checkpoints[request.param]
+
+
+def test_hydra_train(checkpoints):
+    saved = load(checkpoints["diffuseq_plus"])
+    assert saved["cfg"]["model"]["_name"] == "diffuseq_plus" and saved["cfg"]["model"]["hidden_dim"] == 32
+    assert "net.length_head.offset_bias" in saved["model"]
+
+
+def test_the_other_commands(data, checkpoint, tmp_path):
+    """Generation is the same in batches of one, and from the averaged weights alone; validation; interactive."""
+    run = generate(data, checkpoint, "--decode-steps", 3, "--noise-beam", 2, "--nbest", 2, "--scoring", "sacrebleu")
+    assert sorted(run.lines("D")) == list(range(12)) and "Generate test with beam=5: BLEU = " in run.bleu()
+    assert main(["export", str(checkpoint), str(tmp_path / "model.pt"), "--dtype", "float32"]) == 0
+    again = generate(data, tmp_path / "model.pt", "--decode-steps", 3, "--noise-beam", 2, "--nbest", 2, "--batch-size", 1)
+    texts = [{i: [text for _, text in fields] for i, fields in found.lines("D").items()} for found in (run, again)]
+    assert texts[0] == texts[1]
     out = command("validate", data, "--task", "diffusion_seq2seq", "--path", checkpoint, "--batch-size", 24,
                   "--valid-subset", "valid", "--cpu").out
     assert "| loss " in out
     lines = ["ba da fi", "", "lo mi nu"]
     texts = interactive(data, checkpoint, lines, "--decode-steps", 2).lines("D")
     assert sorted(texts) == [0, 1, 2] and texts[1] == [["0.0", ""]]
-
-
-def test_export(data, checkpoint, tmp_path):
-    """The averaged weights alone translate as the checkpoint does."""
-    assert main(["export", str(checkpoint), str(tmp_path / "model.pt"), "--dtype", "float32"]) == 0
-    texts = [generate(data, path, "--decode-steps", 3).lines("D") for path in (checkpoint, tmp_path / "model.pt")]
-    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize(("arch", "precision"), [("diffuseq", "--bf16"), ("diffuseq_plus", "--amp")])
@@ -72,12 +65,6 @@ def test_precisions(data, tmp_path, arch, precision):
     assert all(value.isfinite().all() for value in state.values())
     average = state["ema.module.embedding.weight"]
     assert average.dtype == torch.float32 and not torch.equal(average, average.bfloat16().float())
-
-
-def test_generation_does_not_depend_on_the_batch(data, checkpoint):
-    runs = [generate(data, checkpoint, "--batch-size", size, "--decode-steps", 3).lines("D") for size in (1, 12)]
-    assert [{i: fields[0][-1] for i, fields in run.items()} for run in runs][0] == {
-        i: fields[0][-1] for i, fields in runs[1].items()}
 
 
 @pytest.mark.parametrize("words", [["--ce-on", "pred", "--loss-scope", "nonpad"], ["--clean-source", "--ema-rate", 0]])
@@ -97,6 +84,7 @@ def test_resume_with_the_loss_aware_sampler(data, tmp_path):
     a, b = (load(tmp_path / name / "checkpoint_last.pt")["model"] for name in ("whole", "parts"))
     assert a.keys() == b.keys() and a["net.sampler_state.seen"].all()
     assert all(torch.equal(value, b[key]) for key, value in a.items())
+    assert not [key for key in a if key.startswith("ema.") and "sampler" in key]   # the history is there once
 
 
 def test_long_pairs_are_trimmed_and_counted_once(data, tmp_path):
@@ -130,7 +118,23 @@ def test_checkpoint_of_the_other_model(data, trained, tmp_path):
     assert isinstance(error.value.__context__, InputError) and len(str(error.value.__context__)) < 400
 
 
-def test_second_version(data, tmp_path, checkpoint):
+def test_timestep_sampler_switched_between_runs(data, tmp_path, checkpoints):
+    """A sampler that learns starts anew on a checkpoint without its history, and leaves no trace in one without it."""
+    words = ["--disable-validation", "--ema-rate", 0.9, "--lr", 0.02]
+    train_diffuseq(data, tmp_path, *words, "--timestep-sampler", "uniform", "--max-update", 7, "--restore-file",
+                   checkpoints["diffuseq"])
+    last = tmp_path / "checkpoint_last.pt"
+    assert not [key for key in load(last)["model"] if "sampler" in key]
+    train_diffuseq(data, tmp_path, *words, "--max-update", 8)
+    state = load(last)
+    state["model"] |= {f"ema.module.sampler_state.{key}": state["model"][f"net.sampler_state.{key}"]
+                       for key in ("losses", "seen")}   # as earlier versions wrote it
+    assert state["model"]["net.sampler_state.seen"].sum() == 32
+    torch.save(state, last)
+    generate(data, last, "--decode-steps", 2)
+
+
+def test_second_version(data, tmp_path, checkpoints):
     """Soft absorbing state and discrete noise train, resume and decode; the first version has no absorbing state."""
     words = ["--soft-absorb", "--discrete-noise", 0.5, "--disable-validation", "--ema-rate", 0.9]
     run = train_diffuseq(data, tmp_path, *words, "--max-update", 2)
@@ -138,12 +142,16 @@ def test_second_version(data, tmp_path, checkpoint):
     train_diffuseq(data, tmp_path, *words, "--max-update", 3)
     second = tmp_path / "checkpoint_last.pt"
     sampling = ["--solver", "ancestral", "--decode-steps", 3, "--absorb-rate", 0.5]
-    run = generate(data, second, *sampling, "--noise-limit", 2, "--rounding", "from", "--rounding-step", 500)
+    run = generate(data, second, *sampling, "--noise-limit", 2, "--rounding", "from", "--rounding-step", 500, "--drift",
+                   "start")
     assert sorted(run.lines("D")) == list(range(12))
     with pytest.raises(InputError, match="absorb_rate needs a model with an absorbing state"):
-        generate(data, checkpoint, *sampling)
+        generate(data, checkpoints["diffuseq"], *sampling)
     with pytest.raises(InputError, match="rounding_step must be in 0..2000"):
         generate(data, second, "--rounding", "until", "--rounding-step", 2001)
     with pytest.raises(Exception, match="architectures match") as error:
-        train_diffuseq(data, tmp_path / "again", *words, "--restore-file", checkpoint)
+        train_diffuseq(data, tmp_path / "again", *words, "--restore-file", checkpoints["diffuseq"])
     assert "trained without --soft-absorb" in str(error.value.__context__)
+    with pytest.raises(Exception, match="architectures match") as error:
+        train_diffuseq(data, tmp_path / "again", "--restore-file", second)
+    assert "trained with --soft-absorb" in str(error.value.__context__)

@@ -60,7 +60,7 @@ def test_self_bleu_is_the_mean_over_ordered_pairs():
 def test_bert_score_asks_its_package(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "bert_score", None)
     with pytest.raises(Unavailable, match="the package bert-score is not there"):
-        bert_score(["a"], ["b"], tmp_path)
+        bert_score(["a"], [["b"]], tmp_path)
     asked = {}
 
     def score(hypotheses, references, **options):
@@ -69,7 +69,7 @@ def test_bert_score_asks_its_package(monkeypatch, tmp_path):
 
     monkeypatch.setitem(sys.modules, "bert_score", types.SimpleNamespace(score=score))
     with pytest.raises(Unavailable, match="no folder of a Hugging Face model"):
-        bert_score(["a"], ["b"], tmp_path)
+        bert_score(["a"], [["b"]], tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    assert bert_score(("a", "c"), ("b", "d"), tmp_path, 7) == 0.5
-    assert asked == {"model_type": str(tmp_path), "num_layers": 7, "lang": "en", "texts": (["a", "c"], ["b", "d"])}
+    assert bert_score(("a", "c"), (["b"], ("d", "e")), tmp_path, 7) == 0.5
+    assert asked == {"model_type": str(tmp_path), "num_layers": 7, "lang": "en", "texts": (["a", "c"], [["b"], ["d", "e"]])}

@@ -123,3 +123,13 @@ def test_edit_similarity_and_f1_are_their_definitions(one, other):
         expected = (float(one == other),) * 2
     assert (edit_similarity(one, other), unigram_f1(one, other)) == pytest.approx(expected, abs=1e-12)
     assert edit_similarity(one, other) == edit_similarity(other, one) and unigram_f1(one, other) == unigram_f1(other, one)
+
+
+def test_several_references():
+    """NLTK's sentence_bleu([..], ..) with method4; a reference that is the hypothesis is enough."""
+    skis = "a skier skis down the mountain".split()
+    one, two, three = (text.split() for text in (
+        "skier skis down a mountain", "three skiers are skiing on a snowy mountain", "a skier goes down"))
+    assert sentence_bleu(skis, one, "method4", two, three) == pytest.approx(0.293945703509473, abs=1e-12)
+    assert sentence_bleu(skis, two, "method4", skis) == 1.0
+    assert sentence_bleu([], one, "add1", []) == 1.0 and sentence_bleu(skis, [], "add1", []) == 0.0
