@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pydiffseq.ops import rotary_timestep_attention, timestep_self_attention
+from pydiffseq.ops import rotary_timestep_self_attention, timestep_self_attention
 
 SIZES = {  # batch, heads, length, head_dim: a small machine-translation model, then the sizes of the published models
     "B160-H4-N10-D32": (160, 4, 10, 32), "B32-H8-N64-D64": (32, 8, 64, 64), "B32-H8-N128-D64": (32, 8, 128, 64),
@@ -112,8 +112,8 @@ def rotary_literal(q: Tensor, k: Tensor, v: Tensor, rotation: Tensor, mask: Tens
 
 
 ROTARY_CONTENDERS: dict[str, Callable[[], Callable]] = {
-    "pydiffseq": lambda: lambda q, k, v, rotation, mask: rotary_timestep_attention(q, k, v, rotation, key_mask=mask),
-    "eager": lambda: rotary_literal, "compile-eager": lambda: torch.compile(rotary_literal),
+    "pydiffseq": lambda: lambda qkv, rotation, mask: rotary_timestep_self_attention(qkv, rotation, key_mask=mask),
+    "eager": lambda: of_parts(rotary_literal), "compile-eager": lambda: torch.compile(of_parts(rotary_literal)),
 }
 
 
@@ -130,7 +130,7 @@ def test_rotary_timestep_attention(benchmark, size: str, grad: bool, contender: 
     attend = ROTARY_CONTENDERS[contender]()
 
     def run() -> Tensor:
-        out = attend(*qkv.unbind(2), rotation, mask)
+        out = attend(qkv, rotation, mask)
         return torch.autograd.grad(out, (qkv, rotation), grad_out)[0] if grad else out
 
     with torch.set_grad_enabled(grad):

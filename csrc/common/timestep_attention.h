@@ -1,5 +1,6 @@
 // Arguments of attention with a timestep per token (spec "txl" form of AR-Diffusion):
-//   score_ij = scale * ((q_i + u) . k_j + (q_i + w) . tau_j) = scale * (q_i . (k_j + tau_j) + u . k_j + w . tau_j).
+//   score_ij = scale * ((q_i + u) . k_j + (q_i + w) . tau_j) = scale * (q_i . (k_j + tau_j) + u . k_j + w . tau_j),
+// or (CPU only) of the "rotary" form, where tau turns q, k and v: cpu/timestep_attention_rotary.h.
 #pragma once
 #include <cstdint>
 
@@ -19,6 +20,7 @@ struct TimestepAttentionArgs {
   float scale;
   HeadTensor q, k, v;
   HeadTensor tau;               // no data: plain attention
+  bool rotary;                  // tau turns q, k and v of its token; queries = keys, no u and no w
   const int64_t* timesteps;     // [batch, keys]; when given, tau is a table and tau.token the stride of its rows
   const void *u, *w;            // [heads, dim] or null
   const uint8_t* key_mask;      // [batch, keys], nonzero = attend; null = all

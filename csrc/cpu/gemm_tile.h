@@ -27,9 +27,10 @@ constexpr int64_t align_up(int64_t n, int64_t multiple) { return (n + multiple -
 struct TileShape {
   int64_t depth, lda, ldb, ldc;
   bool accumulate;
+  const float* start = nullptr;   // else what each row of C starts from, if given
 };
 
-// C[kRows][kColumns vectors] (+)= sum over k of A(i, k) B(k, :). A(i, k) is a[i * lda + k], or a[k * lda + i] if
+// C[kRows][kColumns vectors] (+)= start + sum over k of A(i, k) B(k, :). A(i, k) is a[i * lda + k], or a[k * lda + i] if
 // kTransposed. Each step of k fetches a line ahead.
 template <bool kTransposed, int kRows, int kColumns>
 void multiply_tile(const TileShape& s, const float* a, const float* b, float* c, Prefetch::Walk ahead) {
@@ -37,7 +38,8 @@ void multiply_tile(const TileShape& s, const float* a, const float* b, float* c,
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-    for (int n = 0; n < kColumns; ++n) sum[i][n] = s.accumulate ? load(c + i * s.ldc + n * kWidth) : vfloat{};
+    for (int n = 0; n < kColumns; ++n)
+      sum[i][n] = s.accumulate ? load(c + i * s.ldc + n * kWidth) : s.start ? splat(s.start[i]) : vfloat{};
   const int64_t row = kTransposed ? 1 : s.lda, step = kTransposed ? s.lda : 1;
   for (int64_t k = 0; k < s.depth; ++k, a += step, b += s.ldb) {
     __builtin_prefetch(ahead.at);
@@ -81,6 +83,7 @@ template <bool kTransposed>
 void multiply(int64_t rows, int64_t columns, TileShape shape, const float* a, const float* b, float* c, Prefetch& ahead) {
   static constexpr auto table = tile_table<kTransposed>(std::make_integer_sequence<int, kMaxColumns>{});
   const int64_t depth = shape.depth, first = shape.accumulate;
+  const float* start = shape.start;
   for (int64_t k0 = 0; k0 < depth; k0 += kDepthBlock) {
     shape.depth = std::min(kDepthBlock, depth - k0);
     shape.accumulate = first || k0 > 0;
@@ -89,6 +92,7 @@ void multiply(int64_t rows, int64_t columns, TileShape shape, const float* a, co
       const int64_t tiles = (rows + kMaxRows[wide] - 1) / kMaxRows[wide];
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t i0 = rows * t / tiles, height = rows * (t + 1) / tiles - i0;
+        shape.start = start ? start + i0 : nullptr;
         const float* left = kTransposed ? a + k0 * shape.lda + i0 : a + i0 * shape.lda + k0;
         table[wide - 1][height - 1](shape, left, b + k0 * shape.ldb + n0, c + i0 * shape.ldc + n0,
                                     ahead.take(shape.depth, left));

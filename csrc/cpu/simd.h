@@ -6,6 +6,7 @@
 #include <cstring>
 
 #if defined(__AVX512F__)
+#include <immintrin.h>
 #define PDS_WIDTH 16
 #elif defined(__AVX2__)
 #define PDS_WIDTH 8
@@ -55,22 +56,27 @@ PDS_INLINE float max(vfloat x) {
   return best;
 }
 
-// exp(x) for x <= 0, to about 2 ulp; 0 below -87.3 (so also for -inf), NaN for NaN. Cephes polynomial.
+// exp(x) for x <= 0, to 1.5e-7 + 6e-8 |x|; 1 for 0, 0 (or subnormal) below -87.3 and for -inf, NaN for NaN.
 PDS_INLINE vfloat exp_of_nonpositive(vfloat x) {
-  const vfloat magic = splat(12582912.f);   // 1.5 * 2^23: adding it rounds to the nearest integer
-  const vfloat shifted = x * splat(1.44269504f) + magic;
-  const vfloat n = shifted - magic;
-  vfloat r = x - n * splat(0.693359375f);
-  r = r + n * splat(2.12194440e-4f);
-  vfloat p = splat(1.9875691500e-4f);
-  p = p * r + splat(1.3981999507e-3f);
-  p = p * r + splat(8.3334519073e-3f);
-  p = p * r + splat(4.1665795894e-2f);
-  p = p * r + splat(1.6666665459e-1f);
-  p = p * r + splat(5.0000001201e-1f);
-  p = p * r * r + r + splat(1.f);
-  const vfloat y = as_float(as_int(p) + (as_int(shifted) << 23));   // multiplies by 2^n: magic's low bits shift out
-  return select(x < splat(-87.3f), vfloat{}, y);
+  const vfloat y = x * splat(1.44269504f);   // exp(x) = 2^y = 2^floor(y) 2^f
+#if PDS_WIDTH == 16
+  const vfloat f = (vfloat)_mm512_reduce_ps((__m512)y, _MM_FROUND_TO_NEG_INF);
+#else
+  const vfloat magic = splat(12582912.f);    // 1.5 * 2^23: adding it rounds to the nearest integer
+  const vfloat shifted = (y - splat(0.5f)) + magic, f = y - (shifted - magic);
+#endif
+  vfloat p = splat(1.8671300e-3f);   // least largest relative error on [0, 1]
+  p = p * f + splat(9.0170307e-3f);
+  p = p * f + splat(5.5799913e-2f);
+  p = p * f + splat(2.4016444e-1f);
+  p = p * f + splat(6.9315130e-1f);
+  p = p * f + splat(1.f);
+#if PDS_WIDTH == 16
+  return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)y);
+#else
+  const vfloat scaled = as_float(as_int(p) + (as_int(shifted) << 23));   // magic's low bits shift out
+  return select(x < splat(-87.3f), vfloat{}, scaled);
+#endif
 }
 
 // bfloat16 <-> float32, round to nearest even; NaN stays NaN.

@@ -2,7 +2,7 @@
 //
 // Scores are kept transposed, [key][query]: the vector lanes run over queries. So the softmax needs no reductions across
 // lanes, keys need no padding, keys that the mask removes are left out altogether, and K + tau is used as it lies. The
-// per-key term u . k_j + w . tau_j is one more column of K + tau against a row of ones below the transposed queries.
+// per-key term u . k_j + w . tau_j is where the sums of a key's products start from.
 #pragma once
 #include <cstdint>
 #include <cstdlib>
@@ -12,6 +12,7 @@
 #include "cpu/gemm_tile.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
+#include "cpu/timestep_attention_rotary.h"
 
 #if PDS_X86
 #include <immintrin.h>
@@ -113,26 +114,33 @@ const T* head_row(const void* table, int64_t h, int64_t dim) {
 }
 
 struct Sizes {
-  int64_t dim, padded, key_ld;
+  int64_t dim, padded;
   bool bias;
 
   explicit Sizes(const TimestepAttentionArgs& a)
-      : dim(a.dim), padded(align_up(a.dim, kWidth)), bias(a.u != nullptr || (a.w != nullptr && a.tau.data != nullptr)) {
-    key_ld = align_up(dim + bias, kWidth);
-  }
+      : dim(a.dim), padded(align_up(a.dim, kWidth)), bias(a.u != nullptr || (a.w != nullptr && a.tau.data != nullptr)) {}
 };
 
 // The keys of one head that the mask keeps.
 struct Keys {
   int64_t count = 0;
   int32_t* index;   // [count] position of each
-  float* sum;       // [count][key_ld]: k + tau, then the score's per-key term
+  float* sum;       // [count][padded]: k + tau, or the turned k
   float* value;     // [count][padded]
+  float* bias;      // [count]: the score's per-key term
+
+  static int64_t floats(const TimestepAttentionArgs& a, const Sizes& s) { return a.keys * (2 + 2 * s.padded) + 64; }
+  void take(Scratch& scratch, const TimestepAttentionArgs& a, const Sizes& s) {
+    index = reinterpret_cast<int32_t*>(scratch.take(a.keys));
+    sum = scratch.take(a.keys * s.padded);
+    value = scratch.take(a.keys * s.padded);
+    bias = scratch.take(a.keys);
+  }
 };
 
-// scale * (u . k_j + w . tau_j) goes to column `dim`; the query rows carry `scale` for the rest.
+// Writes k + tau; returns u . k + w . tau.
 template <typename T>
-PDS_INLINE void gather_key(const Sizes& s, float scale, const T* k, const T* tau, const T* u, const T* w, float* sum) {
+PDS_INLINE float gather_key(const Sizes& s, const T* k, const T* tau, const T* u, const T* w, float* sum) {
   vfloat dot{};
   for (int64_t d = 0; d < s.padded; d += kWidth) {
     const int64_t left = s.dim - d;
@@ -145,7 +153,15 @@ PDS_INLINE void gather_key(const Sizes& s, float scale, const T* k, const T* tau
     }
     store(sum + d, key);
   }
-  if (s.bias) sum[s.dim] = scale * add_lanes(dot);
+  return s.bias ? add_lanes(dot) : 0.f;
+}
+
+template <typename T>
+PDS_INLINE void gather_row(const Sizes& s, const T* row, const T* turned_by, float* out) {
+  for (int64_t d = 0; d < s.padded; d += kWidth) {
+    const vfloat x = read(row + d, s.dim - d);
+    store(out + d, turned_by ? turn(turned_by, s.dim, d, x) : x);
+  }
 }
 
 template <typename T>
@@ -154,23 +170,22 @@ void gather_keys(const TimestepAttentionArgs& a, const Sizes& s, int64_t b, int6
   keys.count = 0;
   for (int64_t j = 0; j < a.keys; ++j) {
     if (a.key_mask && !a.key_mask[b * a.keys + j]) continue;
-    const T* tau = a.tau.data ? tau_row<T>(a, b, j, h) : nullptr;
-    gather_key(s, a.scale, row_of<T>(a.k, b, j, h), tau, u, w, keys.sum + keys.count * s.key_ld);
-    const T* v = row_of<T>(a.v, b, j, h);
-    float* value = keys.value + keys.count * s.padded;
-    for (int64_t d = 0; d < s.padded; d += kWidth) store(value + d, read(v + d, s.dim - d));
+    const T *k = row_of<T>(a.k, b, j, h), *tau = a.tau.data ? tau_row<T>(a, b, j, h) : nullptr;
+    float* sum = keys.sum + keys.count * s.padded;
+    if (a.rotary) gather_row(s, k, tau, sum);
+    else keys.bias[keys.count] = a.scale * gather_key(s, k, tau, u, w, sum);
+    gather_row(s, row_of<T>(a.v, b, j, h), a.rotary ? tau : nullptr, keys.value + keys.count * s.padded);
     keys.index[keys.count++] = static_cast<int32_t>(j);
   }
 }
 
-// Rows i0 .. i0+n-1 of one head as float, [lanes][padded], zero rows from n on.
+// Rows i0 .. i0+n-1 of one head as float, [lanes][padded], zero rows from n on; turned where `turned` says so.
 template <typename T>
-void gather_rows(const HeadTensor& t, const Sizes& s, int64_t b, int64_t h, int64_t i0, int64_t n, int64_t lanes, float* rows) {
-  for (int64_t i = 0; i < lanes; ++i) {
-    const T* row = row_of<T>(t, b, i0 + (i < n ? i : 0), h);
-    const int64_t dim = i < n ? s.dim : 0;
-    for (int64_t d = 0; d < s.padded; d += kWidth) store(rows + i * s.padded + d, read(row + d, dim - d));
-  }
+void gather_rows(const TimestepAttentionArgs& a, const Sizes& s, const HeadTensor& t, bool turned, int64_t b, int64_t h,
+                 int64_t i0, int64_t n, int64_t lanes, float* rows) {
+  for (int64_t i = 0; i < n; ++i)
+    gather_row(s, row_of<T>(t, b, i0 + i, h), turned ? tau_row<T>(a, b, i0 + i, h) : nullptr, rows + i * s.padded);
+  std::fill_n(rows + n * s.padded, (lanes - n) * s.padded, 0.f);
 }
 
 // Four consecutive elements of each of the rows 0, 4, 8, ... (kWidth / 4 of them).
@@ -218,13 +233,6 @@ inline void transpose(const float* rows, int64_t lanes, int64_t padded, float fa
       transpose_quad(rows + i * padded + d, padded, quad);
       for (int c = 0; c < 4; ++c) store(columns + (d + c) * lanes + i, splat(factor) * quad[c]);
     }
-}
-
-// Transposed queries [dim (+ 1)][lanes], times scale; below them a row of ones when scores have a per-key term.
-inline void transpose_queries(const Sizes& s, const float* rows, int64_t lanes, float scale, float* columns) {
-  transpose(rows, lanes, s.padded, scale, columns);
-  if (s.bias)
-    for (int64_t i = 0; i < lanes; i += kWidth) store(columns + s.dim * lanes + i, splat(1.f));
 }
 
 PDS_INLINE void multiply_wide(vuint a, uint32_t m, vuint& high, vuint& low) {

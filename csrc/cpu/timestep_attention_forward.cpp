@@ -7,47 +7,79 @@ namespace pds {
 namespace PDS_ISA {
 namespace {
 
+constexpr int64_t kKeyBlock = 64;   // keys whose scores, probabilities and values stay in the first-level cache together
+
+// The softmax of a block of queries over the keys seen so far.
+struct Softmax {
+  alignas(64) float top[kQueryBlock];      // largest score
+  alignas(64) float total[kQueryBlock];    // sum of exp(score - top)
+  alignas(64) float shrunk[kQueryBlock];   // what the last keys made of exp(-top): a factor for the sums before them
+};
+
 struct Workspace {
   Keys keys;
   Prefetch ahead;
+  Softmax softmax;
   float *rows, *columns, *scores, *out;
 
   Workspace(const TimestepAttentionArgs& a, const Sizes& s) {
     const int64_t block = align_up(std::min(kQueryBlock, a.queries), kWidth);
     Scratch& scratch = thread_scratch();
-    scratch.reserve(a.keys * (1 + s.key_ld + s.padded + block) + block * (3 * s.padded + kWidth + 1) + 256);
-    keys.index = reinterpret_cast<int32_t*>(scratch.take(a.keys));
-    keys.sum = scratch.take(a.keys * s.key_ld);
-    keys.value = scratch.take(a.keys * s.padded);
+    scratch.reserve(Keys::floats(a, s) + block * (3 * s.padded + kKeyBlock) + 256);
+    keys.take(scratch, a, s);
     rows = scratch.take(block * s.padded);
-    columns = scratch.take(block * (s.padded + 1));
-    scores = scratch.take(a.keys * block);
+    columns = scratch.take(block * s.padded);
+    scores = scratch.take(kKeyBlock * block);
     out = scratch.take(block * s.padded);
   }
 };
 
-// scores [keys][lanes] -> exp(score - largest), dropped ones 0; returns 1 / sum (times the survivors' factor) and the lse
-// of the n queries that the lanes hold.
+PDS_INLINE vfloat largest(const float* column, int64_t count, int64_t lanes, vfloat top) {
+  vfloat most[4] = {top, top, top, top};   // chains side by side, for their latency
+  int64_t j = 0;
+  for (; j + 4 <= count; j += 4)
+    for (int i = 0; i < 4; ++i) most[i] = vmax(load(column + (j + i) * lanes), most[i]);
+  for (; j < count; ++j) most[0] = vmax(load(column + j * lanes), most[0]);
+  return vmax(vmax(most[0], most[1]), vmax(most[2], most[3]));
+}
+
+// The scores [count][lanes] of the keys from j0 on -> exp(score - top), dropped ones 0. Returns whether `top` grew, and so
+// `shrunk` matters.
 template <bool kDropout>
-void softmax(const TimestepAttentionArgs& a, const Keys& keys, int64_t n, int64_t head, int64_t i0, float* scores,
-             float* inverse, float* lse) {
-  const int64_t lanes = align_up(n, kWidth);
-  const float factor = kDropout ? survivor_factor(a) : 1.f;
+bool add_keys(const TimestepAttentionArgs& a, const Keys& keys, int64_t j0, int64_t count, int64_t lanes, int64_t head,
+              int64_t i0, float* scores, Softmax& softmax) {
+  vint grew{};
   for (int64_t l = 0; l < lanes; l += kWidth) {
     float* column = scores + l;
-    vfloat top = load(column);
-    for (int64_t j = 1; j < keys.count; ++j) top = vmax(top, load(column + j * lanes));
-    vfloat total{};
+    const vfloat before = j0 ? load(softmax.top + l) : splat(-std::numeric_limits<float>::infinity());
+    const vfloat top = largest(column, count, lanes, before);
+    const vfloat shrunk = exp_of_nonpositive(before - top);
+    vfloat total = j0 ? load(softmax.total + l) * shrunk : vfloat{};
     DropoutLanes dropout(a, head, i0 + l);
-    for (int64_t j = 0; j < keys.count; ++j) {
+    for (int64_t j = 0; j < count; ++j) {
       vfloat p = exp_of_nonpositive(load(column + j * lanes) - top);
       total += p;
-      if (kDropout) p = select(dropout.keep(keys.index[j]), p, vfloat{});
+      if (kDropout) p = select(dropout.keep(keys.index[j0 + j]), p, vfloat{});
       store(column + j * lanes, p);
     }
-    store(inverse + l, splat(factor) / total);
-    for (int64_t i = 0; i < std::min<int64_t>(kWidth, n - l); ++i) lse[l + i] = top[i] + std::log(total[i]);
+    store(softmax.top + l, top), store(softmax.total + l, total), store(softmax.shrunk + l, shrunk);
+    grew |= top != before;
   }
+  int32_t any = 0;
+  for (int i = 0; i < kWidth; ++i) any |= grew[i];
+  return any != 0;
+}
+
+inline void scale_rows(int64_t n, int64_t padded, const float* factors, float* rows) {
+  for (int64_t i = 0; i < n; ++i, rows += padded)
+    for (int64_t d = 0; d < padded && factors[i] != 1.f; d += kWidth) store(rows + d, splat(factors[i]) * load(rows + d));
+}
+
+// Turns the totals to what the sums of values are multiplied with; writes the log-sum-exp of n queries.
+inline void finish_softmax(const TimestepAttentionArgs& a, int64_t n, Softmax& softmax, float* lse) {
+  const vfloat factor = splat(a.drop_threshold ? survivor_factor(a) : 1.f);
+  for (int64_t i = 0; i < n; ++i) lse[i] = softmax.top[i] + std::log(softmax.total[i]);
+  for (int64_t l = 0; l < n; l += kWidth) store(softmax.total + l, factor / load(softmax.total + l));
 }
 
 template <typename T>
@@ -87,15 +119,21 @@ void attend_block(const TimestepAttentionArgs& a, const Sizes& s, Workspace& ws,
     return write_rows<T>(a, s, b, h, i0, n, nullptr, nullptr);
   }
   plan_fetches<T>(a, ws.ahead, b, h, i0);
-  gather_rows<T>(a.q, s, b, h, i0, n, lanes, ws.rows);
-  transpose_queries(s, ws.rows, lanes, a.scale, ws.columns);
-  multiply<false>(keys.count, lanes, {s.dim + s.bias, s.key_ld, lanes, lanes, false}, keys.sum, ws.columns, ws.scores,
-                  ws.ahead);
-  alignas(64) float inverse[kQueryBlock];
-  const auto run = a.drop_threshold ? &softmax<true> : &softmax<false>;
-  run(a, keys, n, b * a.heads + h, i0, ws.scores, inverse, lse_out);
-  multiply<true>(n, s.padded, {keys.count, lanes, s.padded, s.padded, false}, ws.scores, keys.value, ws.out, ws.ahead);
-  write_rows<T>(a, s, b, h, i0, n, ws.out, inverse);
+  gather_rows<T>(a, s, a.q, a.rotary, b, h, i0, n, lanes, ws.rows);
+  transpose(ws.rows, lanes, s.padded, a.scale, ws.columns);
+  const auto add = a.drop_threshold ? &add_keys<true> : &add_keys<false>;
+  const int64_t blocks = (keys.count + kKeyBlock - 1) / kKeyBlock;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t j0 = keys.count * block / blocks, count = keys.count * (block + 1) / blocks - j0;
+    multiply<false>(count, lanes, {s.dim, s.padded, lanes, lanes, false, s.bias ? keys.bias + j0 : nullptr},
+                    keys.sum + j0 * s.padded, ws.columns, ws.scores, ws.ahead);
+    const bool grew = add(a, keys, j0, count, lanes, b * a.heads + h, i0, ws.scores, ws.softmax);
+    if (block > 0 && grew) scale_rows(n, s.padded, ws.softmax.shrunk, ws.out);
+    multiply<true>(n, s.padded, {count, lanes, s.padded, s.padded, block > 0}, ws.scores, keys.value + j0 * s.padded,
+                   ws.out, ws.ahead);
+  }
+  finish_softmax(a, n, ws.softmax, lse_out);
+  write_rows<T>(a, s, b, h, i0, n, ws.out, ws.softmax.total);
 }
 
 // The heads of `T` on float products.

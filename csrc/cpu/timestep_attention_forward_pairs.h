@@ -39,7 +39,7 @@ class PairForward {
 
   void attend(int64_t b, int64_t h, int64_t i0, Prefetch& ahead) {
     const int64_t n = std::min(kQueryBlock, a.queries - i0), lanes = round_up(n, kPanel), head = b * a.heads + h;
-    gather_pairs(a.q, a.dim, s.depth, b, h, i0, n, lanes, rows);
+    gather_queries(a, s.depth, b, h, i0, n, lanes, rows);
     transpose_queries(s, rows, lanes, columns);
     for (int64_t j = 0; j < keys.count; j += AmxEngine::kRows)
       AmxEngine::product(s.score_depth, lanes / kPanel, {keys.rows + j * s.score_depth, s.score_depth, 1}, columns, kPanel,
@@ -65,14 +65,17 @@ class PairForward {
         __m512i pair[2];
         for (int i = 0; i < 2; ++i) {
           const int64_t at = 2 * p + i;
-          pair[i] = at < keys.count ? read_pairs(row_of<uint16_t>(a.v, b, keys.index[at], h) + d, a.dim - d)
-                                    : _mm512_setzero_si512();
+          pair[i] = at < keys.count ? read_value(b, h, keys.index[at], d) : _mm512_setzero_si512();
         }
         store_pairs(value_pairs + p * padded + d, zip(pair[0], pair[1], false));
         store_pairs(value_pairs + p * padded + d + 16, zip(pair[0], pair[1], true));
       }
     }
     transpose_units(value_pairs, keys.depth, padded, keys.depth, values);
+  }
+
+  __m512i read_value(int64_t b, int64_t h, int64_t j, int64_t d) const {
+    return read_features(row_of<uint16_t>(a.v, b, j, h), a.dim, d, a.rotary ? tau_row<uint16_t>(a, b, j, h) : nullptr);
   }
 
   // Of kWidth queries from column l on: scores -> exp(score - largest), dropped ones 0, in pairs of keys; 1 / sum (times the
@@ -90,7 +93,7 @@ class PairForward {
     for (int64_t j = 0; j < 2 * keys.depth; j += 2) {
       vfloat p[2] = {};
       for (int i = 0; i < 2 && j + i < keys.count; ++i) {
-        p[i] = exp2_of_nonpositive(scale * load(column + (j + i) * lanes) + (splat(keys.bias[j + i]) - top));
+        p[i] = rough_exp2_of_nonpositive(scale * load(column + (j + i) * lanes) + (splat(keys.bias[j + i]) - top));
         total[i] += p[i];
         if (kDropout) p[i] = select(dropout.keep(keys.index[j + i]), p[i], vfloat{});
       }

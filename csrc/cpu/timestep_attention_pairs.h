@@ -11,9 +11,9 @@
 namespace pds {
 namespace PDS_ISA {
 
+constexpr float kLog2e = 1.44269504f;
 constexpr int64_t kPairStep = 16;        // units of depth that an AMX tile takes at a time
 constexpr int64_t kFewestPairKeys = 17;  // heads with fewer keys take the float kernels, which pad nothing
-constexpr float kLog2e = 1.44269504f;
 
 // Which kernel a head takes depends on its own keys alone: a sentence comes out the same in any batch.
 inline bool use_pairs(int64_t keys) { return keys >= kFewestPairKeys; }
@@ -40,8 +40,24 @@ PDS_INLINE __m512i round_and_zip(vfloat a, vfloat b) {
   return _mm512_permutexvar_epi16(_mm512_load_si512(lanes), (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
 }
 
-PDS_INLINE void copy_row(const uint16_t* row, int64_t dim, int64_t depth, Bf16Pair* out) {
-  for (int64_t k = 0; k < depth; k += kPairStep) store_pairs(out + k, read_pairs(row + 2 * k, dim - 2 * k));
+// 16 pairs of neighbouring features from d on, turned (timestep_attention_rotary.h).
+PDS_INLINE __m512i turn_pairs(const uint16_t* tau, int64_t dim, int64_t d, __m512i x) {
+  const auto read_floats = [&](const uint16_t* p) {
+    return (vfloat)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(read_pairs(p, (dim - d) / 2))), 16);
+  };
+  const vfloat c = read_floats(tau + d / 2), s = read_floats(tau + dim / 2 + d / 2);
+  const vfloat x1 = (vfloat)_mm512_slli_epi32(x, 16);
+  const vfloat x2 = (vfloat)_mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u)));
+  return round_and_zip(x1 * c - x2 * s, x2 * c + x1 * s);
+}
+// 32 features of a row from d on; turned by tau, if given.
+PDS_INLINE __m512i read_features(const uint16_t* row, int64_t dim, int64_t d, const uint16_t* tau) {
+  const __m512i x = read_pairs(row + d, dim - d);
+  return tau ? turn_pairs(tau, dim, d, x) : x;
+}
+
+PDS_INLINE void copy_row(const uint16_t* row, int64_t dim, int64_t depth, const uint16_t* turned_by, Bf16Pair* out) {
+  for (int64_t k = 0; k < depth; k += kPairStep) store_pairs(out + k, read_features(row, dim, 2 * k, turned_by));
 }
 
 // sum + a . b, spread over the lanes.
@@ -67,8 +83,8 @@ inline void transpose_units(const Bf16Pair* rows, int64_t lanes, int64_t depth, 
     }
 }
 
-// 2^x to 3e-6, for x that is not above 0; 0 for -inf.
-PDS_INLINE vfloat exp2_of_nonpositive(vfloat x) {
+// 2^x for x <= 0, to 3e-6, which rounding to bfloat16 hides; 0 for -inf.
+PDS_INLINE vfloat rough_exp2_of_nonpositive(vfloat x) {
   const vfloat f = (vfloat)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);   // x - floor(x)
   vfloat p = splat(0.013534168f);
   p = p * f + splat(0.05201146f);
@@ -96,7 +112,7 @@ struct PairSizes {
   int64_t depth, score_depth, value_rows;
 
   explicit PairSizes(const TimestepAttentionArgs& a)
-      : depth(round_up(a.dim, 2 * kPairStep) / 2), score_depth(a.tau.data ? 2 * depth : depth),
+      : depth(round_up(a.dim, 2 * kPairStep) / 2), score_depth(a.tau.data && !a.rotary ? 2 * depth : depth),
         value_rows(round_up(2 * depth, AmxEngine::kRows)) {}
 };
 
@@ -105,7 +121,7 @@ struct PairKeys {
   int64_t count = 0, depth = 0;   // depth: pairs of keys, padded
   int32_t* index;                 // [count] position of each
   float* bias;                    // [count] per-key term, times log2(e)
-  Bf16Pair* rows;                 // [count][score_depth] k, tau
+  Bf16Pair* rows;                 // [count][score_depth] k, tau; or the turned k
 };
 
 inline int64_t count_keys(const TimestepAttentionArgs& a, int64_t b) {
@@ -120,13 +136,13 @@ inline void gather_key_rows(const TimestepAttentionArgs& a, const PairSizes& s, 
   for (int64_t j = 0; j < a.keys; ++j) {
     if (a.key_mask && !a.key_mask[b * a.keys + j]) continue;
     const uint16_t* k = row_of<uint16_t>(a.k, b, j, h);
+    const uint16_t* tau = a.tau.data ? tau_row<uint16_t>(a, b, j, h) : nullptr;
     Bf16Pair* row = keys.rows + at * s.score_depth;
-    copy_row(k, a.dim, s.depth, row);
+    copy_row(k, a.dim, s.depth, a.rotary ? tau : nullptr, row);
     vfloat dot{};
     if (u) dot = multiply_rows(dot, k, u, a.dim);
-    if (a.tau.data) {
-      const uint16_t* tau = tau_row<uint16_t>(a, b, j, h);
-      copy_row(tau, a.dim, s.depth, row + s.depth);
+    if (tau && !a.rotary) {
+      copy_row(tau, a.dim, s.depth, nullptr, row + s.depth);
       if (w) dot = multiply_rows(dot, tau, w, a.dim);
     }
     keys.bias[at] = u || w ? kLog2e * a.scale * add_lanes(dot) : 0.f;
@@ -136,10 +152,12 @@ inline void gather_key_rows(const TimestepAttentionArgs& a, const PairSizes& s, 
   keys.depth = round_up(at, 2 * kPairStep) / 2;
 }
 
-// Rows i0 .. i0+n-1 of one head, [lanes][depth], zero rows from n on.
-inline void gather_pairs(const HeadTensor& t, int64_t dim, int64_t depth, int64_t b, int64_t h, int64_t i0, int64_t n,
-                         int64_t lanes, Bf16Pair* rows) {
-  for (int64_t i = 0; i < n; ++i) copy_row(row_of<uint16_t>(t, b, i0 + i, h), dim, depth, rows + i * depth);
+// The queries i0 .. i0+n-1 of one head, [lanes][depth], zero rows from n on.
+inline void gather_queries(const TimestepAttentionArgs& a, int64_t depth, int64_t b, int64_t h, int64_t i0, int64_t n,
+                           int64_t lanes, Bf16Pair* rows) {
+  for (int64_t i = 0; i < n; ++i)
+    copy_row(row_of<uint16_t>(a.q, b, i0 + i, h), a.dim, depth, a.rotary ? tau_row<uint16_t>(a, b, i0 + i, h) : nullptr,
+             rows + i * depth);
   std::memset(rows + n * depth, 0, (lanes - n) * depth * sizeof(Bf16Pair));
 }
 

@@ -63,9 +63,8 @@ class SelfAttention(nn.Module):
         elif tau is None:
             raise ValueError(f"self-attention with the {self.injection} injection needs the time projection, got None")
         elif self.injection == "rotary":
-            rotation = tau if timesteps is None else tau[timesteps]
-            q, k, v = qkv.unbind(2)
-            attended = ops.rotary_timestep_attention(q, k, v, rotation, key_mask=mask, dropout_p=dropout_p)
+            attended = ops.rotary_timestep_self_attention(
+                qkv, tau, timesteps=timesteps, key_mask=mask, dropout_p=dropout_p)
         else:
             attended = ops.timestep_self_attention(
                 qkv, tau, self.content_bias, self.time_bias, timesteps=timesteps, key_mask=mask, dropout_p=dropout_p)

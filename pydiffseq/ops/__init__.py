@@ -8,10 +8,10 @@ from pydiffseq.ops.linear import PackedLinear
 from pydiffseq.ops.nearest import nearest
 from pydiffseq.ops.noise import embed_q_sample, philox_normal, q_sample, sampler_step
 from pydiffseq.ops.timestep_attention import rotary_timestep_attention, timestep_attention
-from pydiffseq.ops.timestep_self_attention import timestep_self_attention
+from pydiffseq.ops.timestep_self_attention import rotary_timestep_self_attention, timestep_self_attention
 
 __all__ = [
     "PackedLinear", "draw_seed", "dropout", "dropout_add", "embed_q_sample", "geglu", "linear_cross_entropy",
-    "nearest", "philox_normal", "q_sample", "rotary_timestep_attention", "sampler_step", "timestep_attention",
-    "timestep_self_attention",
+    "nearest", "philox_normal", "q_sample", "rotary_timestep_attention", "rotary_timestep_self_attention", "sampler_step",
+    "timestep_attention", "timestep_self_attention",
 ]

@@ -143,11 +143,15 @@ def _at_least_float(*tensors: Tensor | None) -> list:
 @_without_autocast
 def timestep_attention(q: Tensor, k: Tensor, v: Tensor, tau: Tensor | None, u: Tensor | None, w: Tensor | None,
                        timesteps: Tensor | None, key_mask: Tensor | None, seed: Tensor | None, dropout_p: float,
-                       scale: float) -> tuple[Tensor, Tensor]:
-    """Output [B, Nq, H, D] and log-sum-exp of the scores [B, H, Nq]; see :func:`pydiffseq.ops.timestep_attention`."""
+                       scale: float, rotary: bool = False) -> tuple[Tensor, Tensor]:
+    """Output [B, Nq, H, D] and log-sum-exp of the scores [B, H, Nq]; see :func:`pydiffseq.ops.timestep_attention` and,
+    for ``rotary``, :func:`pydiffseq.ops.rotary_timestep_attention`, whose rotation is ``tau``."""
     dtype = q.dtype
     q, k, v, tau, u, w = _at_least_float(q, k, v, tau, u, w)
-    scores = _attention_scores(q, k, _tau_by_token(tau, timesteps), u, w, key_mask, scale)
+    tau = _tau_by_token(tau, timesteps)
+    if rotary:
+        q, k, v = (rotate_pairs(x, tau) for x in (q, k, v))
+    scores = _attention_scores(q, k, None if rotary else tau, u, w, key_mask, scale)
     lse = scores.logsumexp(-1)
     p = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])  # a row without keys is 0, not NaN
     out = torch.einsum("bhij,bjhd->bihd", p * _dropout_factors(p, seed, dropout_p), v)
@@ -158,13 +162,17 @@ def timestep_attention(q: Tensor, k: Tensor, v: Tensor, tau: Tensor | None, u: T
 def timestep_attention_backward(
         grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, tau: Tensor | None, u: Tensor | None, w: Tensor | None,
         timesteps: Tensor | None, key_mask: Tensor | None, seed: Tensor | None, out: Tensor, lse: Tensor,
-        dropout_p: float, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        dropout_p: float, scale: float, rotary: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of q, k, v, tau, u and w. With dS that of the unscaled scores and c_j = sum_i dS_ij:
     dk_j = (dS^T q)_j + c_j u, dtau_j = (dS^T q)_j + c_j w, du = sum_j c_j k_j, dw = sum_j c_j tau_j. ``out`` (here not
     needed) is the forward pass's."""
     dtype = q.dtype
     grad_out, q, k, v, tau, u, w = _at_least_float(grad_out, q, k, v, tau, u, w)
     tau_j = _tau_by_token(tau, timesteps)
+    if rotary:
+        parts, rotation, tau_j = (q, k, v), tau_j, None
+        q, k, v = (rotate_pairs(x, rotation) for x in parts)
     scores = _attention_scores(q, k, tau_j, u, w, key_mask, scale)
     p = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
     factors = _dropout_factors(p, seed, dropout_p)
@@ -176,10 +184,14 @@ def timestep_attention_backward(
     sums = grad_scores.sum(2).transpose(1, 2)[..., None]  # [B, Nk, H, 1]
     grad_k = grad_key if u is None else grad_key + sums * u
     grad_tau = None
-    if tau is not None:
+    if rotary:
+        grads = grad_q, grad_k, grad_v
+        grad_tau = sum(_rotation_gradient(x, grad) for x, grad in zip(parts, grads, strict=True))
+        grad_q, grad_k, grad_v = (rotate_pairs(grad, _inverse_rotation(rotation)) for grad in grads)
+    elif tau is not None:
         grad_tau = grad_key if w is None else grad_key + sums * w
-        if timesteps is not None:
-            grad_tau = torch.zeros_like(tau).index_put_((timesteps,), grad_tau, accumulate=True)
+    if grad_tau is not None and timesteps is not None:
+        grad_tau = torch.zeros_like(tau).index_put_((timesteps,), grad_tau, accumulate=True)
     grad_u = None if u is None else (sums * k).sum((0, 1))
     grad_w = None if w is None or tau_j is None else (sums * tau_j).sum((0, 1))
 
@@ -192,13 +204,20 @@ def timestep_attention_backward(
 def rotate_pairs(x: Tensor, rotation: Tensor) -> Tensor:
     """(x1 c - x2 s, x2 c + x1 s) for each interleaved pair of the last dimension; c, s = the halves of ``rotation``."""
     cos, sin = rotation.chunk(2, -1)
-    if x.dtype in (torch.float32, torch.float64):  # (x1 + i x2) (c + i s): one pass over x
-        if x.stride(-1) != 1 or x.storage_offset() % 2 or any(stride % 2 for stride in x.stride()[:-1]):
-            x = x.clone(memory_format=torch.contiguous_format)  # a complex number starts at an even offset
-        pairs = x.unflatten(-1, (-1, 2))
-        return torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin)).flatten(-2)
     x1, x2 = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1).flatten(-2)
+
+
+def _inverse_rotation(rotation: Tensor) -> Tensor:
+    """(c, -s): it takes the gradient of rotated pairs back to that of the pairs."""
+    cos, sin = rotation.chunk(2, -1)
+    return torch.cat((cos, -sin), -1)
+
+
+def _rotation_gradient(x: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of the rotation of x, given that of the rotated pairs."""
+    (x1, x2), (g1, g2) = (t.unflatten(-1, (-1, 2)).unbind(-1) for t in (x, grad))
+    return torch.cat((g1 * x1 + g2 * x2, g2 * x1 - g1 * x2), -1)
 
 
 # --- noise ---

@@ -10,10 +10,11 @@ from pydiffseq.ops._extension import C, autocast, check_float, check_same_device
 
 library.define(
     "timestep_attention(Tensor q, Tensor k, Tensor v, Tensor? tau, Tensor? u, Tensor? w, Tensor? timesteps, "
-    "Tensor? key_mask, Tensor? seed, float dropout_p, float scale) -> (Tensor out, Tensor lse)")
+    "Tensor? key_mask, Tensor? seed, float dropout_p, float scale, bool rotary=False) -> (Tensor out, Tensor lse)")
 library.define(
     "timestep_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? tau, Tensor? u, Tensor? w, "
-    "Tensor? timesteps, Tensor? key_mask, Tensor? seed, Tensor out, Tensor lse, float dropout_p, float scale) -> "
+    "Tensor? timesteps, Tensor? key_mask, Tensor? seed, Tensor out, Tensor lse, float dropout_p, float scale, "
+    "bool rotary=False) -> "
     "(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor? grad_tau, Tensor? grad_u, Tensor? grad_w)")
 
 
@@ -53,9 +54,9 @@ def timestep_attention(q: Tensor, k: Tensor, v: Tensor, tau: Tensor | None = Non
         q, k, v, tau, u, w, timesteps, key_mask, key, dropout_p, scale)[0]
 
 
-def rotary_timestep_attention(q: Tensor, k: Tensor, v: Tensor, rotation: Tensor, *, key_mask: Tensor | None = None,
-                              dropout_p: float = 0.0, seed: int | Tensor | None = None,
-                              scale: float | None = None) -> Tensor:
+def rotary_timestep_attention(q: Tensor, k: Tensor, v: Tensor, rotation: Tensor, *, timesteps: Tensor | None = None,
+                              key_mask: Tensor | None = None, dropout_p: float = 0.0,
+                              seed: int | Tensor | None = None, scale: float | None = None) -> Tensor:
     """Plain attention after q, k **and v** were rotated by learned per-token (cos, sin).
 
     The ``rotary`` time attention of AR-Diffusion's code (model_utils/CrossAttention.py): the first half of
@@ -64,26 +65,45 @@ def rotary_timestep_attention(q: Tensor, k: Tensor, v: Tensor, rotation: Tensor,
 
     Args:
         q, k, v: float [B, N, H, D], D even.
-        rotation: [B, N, H, D] of q's dtype.
-        key_mask, dropout_p, seed, scale: as in :func:`timestep_attention`.
+        rotation: [B, N, H, D] of q's dtype, or a table [R, H, D] to be indexed by ``timesteps``.
+        timesteps, key_mask, dropout_p, seed, scale: as in :func:`timestep_attention`.
 
     Returns:
-        [B, N, H, D] in q's dtype. Differentiable once in q, k, v and rotation.
+        [B, N, H, D] in q's dtype; the rotated q, k and v are rounded to it. Differentiable once in q, k, v and rotation.
 
     Raises:
         TypeError, ValueError: as :func:`timestep_attention`; also for an odd D or a rotation of another shape.
     """
     q, k, v, rotation = autocast(q, k, v, rotation)
-    if rotation.shape != q.shape or q.dim() != 4 or q.shape[3] % 2:
+    check_rotation(q, k, v, rotation, timesteps, key_mask)
+    if not fused_rotation(q):
+        q, k, v = rotate(q, k, v, rotation, timesteps)
+        return timestep_attention(q, k, v, key_mask=key_mask, dropout_p=dropout_p, seed=seed, scale=scale)
+    if scale is None:
+        scale = q.shape[3] ** -0.5
+    return torch.ops.pydiffseq.timestep_attention.default(
+        q, k, v, rotation, None, None, timesteps, key_mask, dropout_key(dropout_p, seed), dropout_p, scale, True)[0]
+
+
+def fused_rotation(q: Tensor) -> bool:
+    """Whether the kernels for q's device rotate; where they do not, torch does."""
+    return q.device.type == "cpu"
+
+
+def rotate(q: Tensor, k: Tensor, v: Tensor, rotation: Tensor, timesteps: Tensor | None) -> list[Tensor]:
+    """q, k and v, rotated."""
+    by_token = rotation if timesteps is None else rotation[timesteps]
+    return [reference.rotate_pairs(x, by_token) for x in (q, k, v)]
+
+
+def check_rotation(q: Tensor, k: Tensor, v: Tensor, rotation: Tensor, timesteps: Tensor | None,
+                   key_mask: Tensor | None) -> None:
+    if q.dim() != 4 or q.shape[3] % 2 or (timesteps is None and rotation.shape != q.shape):
         raise ValueError(f"rotation must have the shape of q, [B, N, H, D] with an even D, got {list(rotation.shape)} "
                          f"for q {list(q.shape)}")
-    if rotation.dtype != q.dtype:
-        raise TypeError(f"rotation must have the dtype of q, {q.dtype}, got {rotation.dtype}")
-    check_same_device(q=q, rotation=rotation)
     if k.shape != q.shape or v.shape != q.shape:
         raise ValueError(f"k and v must have the shape of q, {list(q.shape)}, got {list(k.shape)} and {list(v.shape)}")
-    q, k, v = (reference.rotate_pairs(x, rotation) for x in (q, k, v))
-    return timestep_attention(q, k, v, key_mask=key_mask, dropout_p=dropout_p, seed=seed, scale=scale)
+    check_arguments(q, k, v, rotation, None, None, timesteps, key_mask, time="rotation")
 
 
 def dropout_key(dropout_p: float, seed: int | Tensor | None) -> Tensor | None:
@@ -95,7 +115,8 @@ def dropout_key(dropout_p: float, seed: int | Tensor | None) -> Tensor | None:
 
 
 def check_arguments(q: Tensor, k: Tensor, v: Tensor, tau: Tensor | None, u: Tensor | None, w: Tensor | None,
-                    timesteps: Tensor | None, key_mask: Tensor | None) -> None:
+                    timesteps: Tensor | None, key_mask: Tensor | None, time: str = "tau") -> None:
+    """``time`` is what the caller calls ``tau``."""
     check_float("q", q)
     if q.dim() != 4:
         raise ValueError(f"q must have shape [B, Nq, H, D], got {list(q.shape)}")
@@ -109,18 +130,18 @@ def check_arguments(q: Tensor, k: Tensor, v: Tensor, tau: Tensor | None, u: Tens
             given = "timesteps" if w is None else "w"
             raise ValueError(f"{given} was given without tau, the time features it applies to")
     elif timesteps is None:
-        _check_part("tau", tau, q, (k.shape,))
+        _check_part(time, tau, q, (k.shape,))
     else:
         if tau.dim() != 3 or tau.shape[1:] != (heads, dim):
-            raise ValueError(f"tau with timesteps must be a table of shape [R, {heads}, {dim}], got {list(tau.shape)}")
-        _check_part("tau", tau, q, (tau.shape,))
+            raise ValueError(f"{time} with timesteps must be a table of shape [R, {heads}, {dim}], got {list(tau.shape)}")
+        _check_part(time, tau, q, (tau.shape,))
         _check_tokens("timesteps", timesteps, torch.int64, tokens)
     for name, bias in (("u", u), ("w", w)):
         if bias is not None:
             _check_part(name, bias, q, ((heads, dim),))
     if key_mask is not None:
         _check_tokens("key_mask", key_mask, torch.bool, tokens)
-    check_same_device(q=q, k=k, v=v, tau=tau, u=u, w=w, timesteps=timesteps, key_mask=key_mask)
+    check_same_device(q=q, k=k, v=v, **{time: tau}, u=u, w=w, timesteps=timesteps, key_mask=key_mask)
 
 
 def _check_part(name: str, tensor: Tensor, q: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
@@ -150,7 +171,7 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.is_contiguous() else x.contiguous()
 
 
-def _kernel_arguments(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, lse):
+def _kernel_arguments(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, rotary, lse):
     """What both bindings take first, and the tensors that must outlive the call."""
     heads = [_heads(x) for x in (q, k, v, tau)]
     rest = [_contiguous(x) for x in (timesteps, u, w, key_mask)]
@@ -159,33 +180,34 @@ def _kernel_arguments(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, 
     key = int(seed) & 0xFFFFFFFFFFFFFFFF if threshold else 0
     rows = tau.shape[0] if tau is not None and timesteps is not None else 0
     arguments = (sizes, q.dtype == torch.bfloat16, scale, tuple(t[1] for t in heads), *(pointer(x) for x in rest),
-                 rows, key, threshold, lse.data_ptr())
+                 rows, key, threshold, lse.data_ptr(), rotary)
     return arguments, (heads, rest)
 
 
-def _forward_cpu(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale) -> tuple[Tensor, Tensor]:
+def _forward_cpu(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale,
+                 rotary=False) -> tuple[Tensor, Tensor]:
     if not use_kernel(q, k, v, tau, u, w):
-        return reference.timestep_attention(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale)
+        return reference.timestep_attention(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, rotary)
     out, lse = _forward_fake(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale)
-    arguments, _alive = _kernel_arguments(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, lse)
+    arguments, _alive = _kernel_arguments(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, rotary, lse)
     C.timestep_attention_forward(*arguments, out.data_ptr())
     return out, lse
 
 
-def _backward_cpu(grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed, out, lse, dropout_p, scale):
+def _backward_cpu(grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed, out, lse, dropout_p, scale, rotary=False):
     if not use_kernel(grad_out, q, k, v, tau, u, w):
         return reference.timestep_attention_backward(
-            grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed, out, lse, dropout_p, scale)
+            grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed, out, lse, dropout_p, scale, rotary)
     grads = q.new_empty(q.shape), q.new_empty(k.shape), q.new_empty(k.shape)
     return *grads, *backward_into(
-        grads, grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed, lse, dropout_p, scale)
+        grads, grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed, lse, dropout_p, scale, rotary)
 
 
-def backward_into(grads, grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed, lse, dropout_p, scale):
+def backward_into(grads, grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed, lse, dropout_p, scale, rotary):
     """The CPU kernel: writes ``grads``, those of q, k and v (whose heads and features are contiguous), and returns those of
     tau, u and w."""
     lse = lse.contiguous()
-    arguments, _alive = _kernel_arguments(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, lse)
+    arguments, _alive = _kernel_arguments(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, rotary, lse)
     table = tau is not None and timesteps is not None
     grad_tau = None if tau is None or table else q.new_empty(k.shape)
     grad_rows = q.new_empty(k.shape, dtype=torch.float32) if table else None
@@ -290,12 +312,16 @@ def _cuda_cases(device: torch.device):
                lambda g=gradient: reference.timestep_attention_backward(*g), tolerance)
 
 
-def _forward_cuda(q, *arguments) -> tuple[Tensor, Tensor]:
-    return (_forward_kernel if use_cuda(q) else reference.timestep_attention)(q, *arguments)
+def _forward_cuda(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, rotary=False):
+    arguments = q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale
+    return _forward_kernel(*arguments) if use_cuda(q) and not rotary else reference.timestep_attention(*arguments, rotary)
 
 
-def _backward_cuda(grad_out, q, *arguments):
-    return (_backward_kernel if use_cuda(q) else reference.timestep_attention_backward)(grad_out, q, *arguments)
+def _backward_cuda(grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed, out, lse, dropout_p, scale, rotary=False):
+    arguments = grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed, out, lse, dropout_p, scale
+    if use_cuda(q) and not rotary:
+        return _backward_kernel(*arguments)
+    return reference.timestep_attention_backward(*arguments, rotary)
 
 
 for _name, _cpu, _gpu in (("timestep_attention", _forward_cpu, _forward_cuda),
@@ -306,27 +332,27 @@ for _name, _cpu, _gpu in (("timestep_attention", _forward_cpu, _forward_cuda),
 
 
 @torch.library.register_fake("pydiffseq::timestep_attention", lib=library)
-def _forward_fake(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale):
+def _forward_fake(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, rotary=False):
     batch, queries, heads, _ = q.shape
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty((batch, heads, queries), dtype=lse_dtype)
 
 
 @torch.library.register_fake("pydiffseq::timestep_attention_backward", lib=library)
-def _backward_fake(grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed, out, lse, dropout_p, scale):
+def _backward_fake(grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed, out, lse, dropout_p, scale, rotary=False):
     return tuple(None if x is None else x.new_empty(x.shape) for x in (q, k, v, tau, u, w))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.dropout_p, ctx.scale = inputs
+    *tensors, ctx.dropout_p, ctx.scale, ctx.rotary = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors, *output)
 
 
 def _backward(ctx, grad_out: Tensor, _grad_lse: Tensor | None):
     grads = torch.ops.pydiffseq.timestep_attention_backward.default(
-        grad_out, *ctx.saved_tensors, ctx.dropout_p, ctx.scale)
-    return *grads, None, None, None, None, None
+        grad_out, *ctx.saved_tensors, ctx.dropout_p, ctx.scale, ctx.rotary)
+    return *grads, None, None, None, None, None, None
 
 
 torch.library.register_autograd("pydiffseq::timestep_attention", _backward, setup_context=_setup_context, lib=library)

@@ -6,14 +6,23 @@ import torch
 from torch import Tensor
 
 from pydiffseq.ops._extension import autocast, library, use_kernel
-from pydiffseq.ops.timestep_attention import backward_into, check_arguments, cuda_backward_into, dropout_key, use_cuda
+from pydiffseq.ops.timestep_attention import (
+    backward_into,
+    check_arguments,
+    check_rotation,
+    cuda_backward_into,
+    dropout_key,
+    fused_rotation,
+    rotary_timestep_attention,
+    use_cuda,
+)
 
 library.define(
     "timestep_self_attention(Tensor qkv, Tensor? tau, Tensor? u, Tensor? w, Tensor? timesteps, Tensor? key_mask, "
-    "Tensor? seed, float dropout_p, float scale) -> (Tensor out, Tensor lse)")
+    "Tensor? seed, float dropout_p, float scale, bool rotary=False) -> (Tensor out, Tensor lse)")
 library.define(
     "timestep_self_attention_backward(Tensor grad_out, Tensor qkv, Tensor? tau, Tensor? u, Tensor? w, Tensor? timesteps, "
-    "Tensor? key_mask, Tensor? seed, Tensor out, Tensor lse, float dropout_p, float scale) -> "
+    "Tensor? key_mask, Tensor? seed, Tensor out, Tensor lse, float dropout_p, float scale, bool rotary=False) -> "
     "(Tensor grad_qkv, Tensor? grad_tau, Tensor? grad_u, Tensor? grad_w)")
 
 
@@ -32,8 +41,7 @@ def timestep_self_attention(qkv: Tensor, tau: Tensor | None = None, u: Tensor | 
     Raises:
         TypeError, ValueError: as ``timestep_attention``; also for a qkv of another shape.
     """
-    if qkv.dim() != 5 or qkv.shape[2] != 3:
-        raise ValueError(f"qkv must have shape [B, N, 3, H, D], got {list(qkv.shape)}")
+    _check_projection(qkv)
     qkv, tau, u, w = autocast(qkv, tau, u, w)
     q, k, v = qkv.unbind(2)
     check_arguments(q, k, v, tau, u, w, timesteps, key_mask)
@@ -41,6 +49,39 @@ def timestep_self_attention(qkv: Tensor, tau: Tensor | None = None, u: Tensor | 
         scale = qkv.shape[4] ** -0.5
     return torch.ops.pydiffseq.timestep_self_attention.default(
         qkv, tau, u, w, timesteps, key_mask, dropout_key(dropout_p, seed), dropout_p, scale)[0]
+
+
+def rotary_timestep_self_attention(qkv: Tensor, rotation: Tensor, *, timesteps: Tensor | None = None,
+                                   key_mask: Tensor | None = None, dropout_p: float = 0.0,
+                                   seed: int | Tensor | None = None, scale: float | None = None) -> Tensor:
+    """:func:`pydiffseq.ops.rotary_timestep_attention` of ``qkv.unbind(2)``, without the copy of ``unbind``'s gradient.
+
+    Args:
+        qkv: float [B, N, 3, H, D], D even: queries, keys and values, as one projection gives them.
+        rotation, timesteps, key_mask, dropout_p, seed, scale: as for ``rotary_timestep_attention``.
+
+    Returns:
+        [B, N, H, D] in qkv's dtype. Differentiable once in qkv and rotation.
+
+    Raises:
+        TypeError, ValueError: as ``rotary_timestep_attention``; also for a qkv of another shape.
+    """
+    _check_projection(qkv)
+    qkv, rotation = autocast(qkv, rotation)
+    q, k, v = qkv.unbind(2)
+    if not fused_rotation(qkv):
+        return rotary_timestep_attention(q, k, v, rotation, timesteps=timesteps, key_mask=key_mask, dropout_p=dropout_p,
+                                         seed=seed, scale=scale)
+    check_rotation(q, k, v, rotation, timesteps, key_mask)
+    if scale is None:
+        scale = qkv.shape[4] ** -0.5
+    return torch.ops.pydiffseq.timestep_self_attention.default(
+        qkv, rotation, None, None, timesteps, key_mask, dropout_key(dropout_p, seed), dropout_p, scale, True)[0]
+
+
+def _check_projection(qkv: Tensor) -> None:
+    if qkv.dim() != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"qkv must have shape [B, N, 3, H, D], got {list(qkv.shape)}")
 
 
 def _forward(qkv, *arguments):
@@ -52,17 +93,18 @@ def _backward_by_parts(grad_out, qkv, *arguments):
     return torch.stack(grads[:3], 2), *grads[3:]
 
 
-def _backward_cpu(grad_out, qkv, tau, u, w, timesteps, key_mask, seed, out, lse, dropout_p, scale):
+def _backward_cpu(grad_out, qkv, tau, u, w, timesteps, key_mask, seed, out, lse, dropout_p, scale, rotary=False):
     if not use_kernel(grad_out, qkv, tau, u, w):
-        return _backward_by_parts(grad_out, qkv, tau, u, w, timesteps, key_mask, seed, out, lse, dropout_p, scale)
+        return _backward_by_parts(grad_out, qkv, tau, u, w, timesteps, key_mask, seed, out, lse, dropout_p, scale, rotary)
     grad_qkv = qkv.new_empty(qkv.shape)
     return grad_qkv, *backward_into(grad_qkv.unbind(2), grad_out, *qkv.unbind(2), tau, u, w, timesteps, key_mask, seed, lse,
-                                    dropout_p, scale)
+                                    dropout_p, scale, rotary)
 
 
-def _backward_cuda(grad_out, qkv, *arguments):
-    if not use_cuda(qkv[:, :, 0]):
-        return _backward_by_parts(grad_out, qkv, *arguments)
+def _backward_cuda(grad_out, qkv, tau, u, w, timesteps, key_mask, seed, out, lse, dropout_p, scale, rotary=False):
+    arguments = tau, u, w, timesteps, key_mask, seed, out, lse, dropout_p, scale
+    if rotary or not use_cuda(qkv[:, :, 0]):
+        return _backward_by_parts(grad_out, qkv, *arguments, rotary)
     grad_qkv = qkv.new_empty(qkv.shape)
     return grad_qkv, *cuda_backward_into(grad_qkv.unbind(2), grad_out, *qkv.unbind(2), *arguments)
 
@@ -86,15 +128,15 @@ def _backward_fake(grad_out, qkv, tau, u, w, *arguments):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.dropout_p, ctx.scale = inputs
+    *tensors, ctx.dropout_p, ctx.scale, ctx.rotary = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors, *output)
 
 
 def _backward(ctx, grad_out: Tensor, _grad_lse: Tensor | None):
     grads = torch.ops.pydiffseq.timestep_self_attention_backward.default(
-        grad_out, *ctx.saved_tensors, ctx.dropout_p, ctx.scale)
-    return *grads, None, None, None, None, None
+        grad_out, *ctx.saved_tensors, ctx.dropout_p, ctx.scale, ctx.rotary)
+    return *grads, None, None, None, None, None, None
 
 
 torch.library.register_autograd(
