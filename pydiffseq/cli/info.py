@@ -31,6 +31,7 @@ KERNELS = {
     "timestep_attention": "timestep_attention_forward",
     "rotary_timestep_attention": "timestep_attention_forward",
     "timestep_self_attention": "timestep_attention_forward",
+    "rotary_timestep_self_attention": "timestep_attention_forward",
 }
 # Import name -> (distributions that provide it, what it is for); the first distribution is the one to install.
 REQUIRED = {

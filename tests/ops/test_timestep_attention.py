@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pydiffseq.ops import _extension, reference, rotary_timestep_attention, timestep_attention
+from pydiffseq.ops import _extension, reference, timestep_attention
 
 kernel_only = pytest.mark.skipif(_extension.C is None, reason="the extension is not built")
 FLOATS = ("q", "k", "v", "tau", "u", "w")
@@ -277,39 +277,6 @@ def test_no_queries_keys_or_sentences():
         assert timestep_attention(*(x[n] for n in FLOATS)).shape == x["q"].shape
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_rotary_is_attention_of_rotated_q_k_and_v(dtype):
-    g = torch.Generator().manual_seed(2)
-    q, k, v, rotation = (torch.randn(2, 7, 2, 16, generator=g).to(dtype).requires_grad_() for _ in range(4))
-    key_mask = torch.arange(7) < torch.tensor([[7], [4]])
-
-    def by_definition(q, k, v, rotation):
-        cos, sin = rotation[..., :8], rotation[..., 8:]
-
-        def rotate(x):
-            out = torch.empty_like(x)
-            out[..., ::2] = x[..., ::2] * cos - x[..., 1::2] * sin
-            out[..., 1::2] = x[..., 1::2] * cos + x[..., ::2] * sin
-            return out
-
-        return literal(rotate(q), rotate(k), rotate(v), None, None, None, key_mask)
-
-    wide = [x.detach().double().requires_grad_() for x in (q, k, v, rotation)]
-    truth = by_definition(*wide)
-    out = rotary_timestep_attention(q, k, v, rotation, key_mask=key_mask)
-    tolerance = {torch.float32: 3e-6, torch.bfloat16: 3e-2, torch.float64: 1e-12}[dtype]
-    assert out.dtype == dtype and error(out, truth) < tolerance
-    grads = torch.autograd.grad(out.sum(), (q, k, v, rotation))
-    for a, b in zip(grads, torch.autograd.grad(truth.sum(), wide), strict=True):
-        assert error(a, b) < tolerance
-
-
-def test_rotary_takes_slices_at_odd_offsets():
-    wide = torch.randn(2, 5, 2, 17, generator=torch.Generator().manual_seed(4))
-    odd, even = wide[..., 1:], wide[..., 1:].contiguous()
-    assert torch.equal(rotary_timestep_attention(odd, odd, odd, odd), rotary_timestep_attention(even, even, even, even))
-
-
 def changed(**changes):
     x, timesteps = make(tau="table" if changes.pop("table", False) else "direct")
     return {**x, "timesteps": timesteps, **changes}
@@ -337,15 +304,3 @@ def changed(**changes):
 def test_wrong_arguments_are_named(inputs, kind, message):
     with pytest.raises(kind, match=message):
         timestep_attention(**inputs)
-
-
-def test_wrong_rotary_arguments_are_named():
-    q = torch.zeros(2, 9, 2, 16)
-    with pytest.raises(ValueError, match="rotation must have the shape of q"):
-        rotary_timestep_attention(q, q, q, q[:1])
-    with pytest.raises(ValueError, match="even D"):
-        rotary_timestep_attention(*(q[..., :15],) * 4)
-    with pytest.raises(TypeError, match="rotation must have the dtype of q"):
-        rotary_timestep_attention(q, q, q, q.double())
-    with pytest.raises(ValueError, match="k and v must have the shape of q"):
-        rotary_timestep_attention(q, q[:, :3], q[:, :3], q)
