@@ -149,9 +149,10 @@ def timestep_attention(q: Tensor, k: Tensor, v: Tensor, tau: Tensor | None, u: T
     dtype = q.dtype
     q, k, v, tau, u, w = _at_least_float(q, k, v, tau, u, w)
     tau = _tau_by_token(tau, timesteps)
-    if rotary:
-        q, k, v = (rotate_pairs(x, tau) for x in (q, k, v))
-    scores = _attention_scores(q, k, None if rotary else tau, u, w, key_mask, scale)
+    if rotary and tau is not None:
+        rotation, tau = tau, None
+        q, k, v = (rotate_pairs(x, rotation) for x in (q, k, v))
+    scores = _attention_scores(q, k, tau, u, w, key_mask, scale)
     lse = scores.logsumexp(-1)
     p = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])  # a row without keys is 0, not NaN
     out = torch.einsum("bhij,bjhd->bihd", p * _dropout_factors(p, seed, dropout_p), v)
@@ -170,8 +171,9 @@ def timestep_attention_backward(
     dtype = q.dtype
     grad_out, q, k, v, tau, u, w = _at_least_float(grad_out, q, k, v, tau, u, w)
     tau_j = _tau_by_token(tau, timesteps)
-    if rotary:
-        parts, rotation, tau_j = (q, k, v), tau_j, None
+    parts, rotation = (q, k, v), None
+    if rotary and tau_j is not None:
+        rotation, tau_j = tau_j, None
         q, k, v = (rotate_pairs(x, rotation) for x in parts)
     scores = _attention_scores(q, k, tau_j, u, w, key_mask, scale)
     p = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
@@ -184,13 +186,13 @@ def timestep_attention_backward(
     sums = grad_scores.sum(2).transpose(1, 2)[..., None]  # [B, Nk, H, 1]
     grad_k = grad_key if u is None else grad_key + sums * u
     grad_tau = None
-    if rotary:
+    if rotation is not None:
         grads = grad_q, grad_k, grad_v
-        grad_tau = sum(_rotation_gradient(x, grad) for x, grad in zip(parts, grads, strict=True))
+        grad_tau = torch.stack([_rotation_gradient(x, grad) for x, grad in zip(parts, grads, strict=True)]).sum(0)
         grad_q, grad_k, grad_v = (rotate_pairs(grad, _inverse_rotation(rotation)) for grad in grads)
     elif tau is not None:
         grad_tau = grad_key if w is None else grad_key + sums * w
-    if grad_tau is not None and timesteps is not None:
+    if tau is not None and grad_tau is not None and timesteps is not None:
         grad_tau = torch.zeros_like(tau).index_put_((timesteps,), grad_tau, accumulate=True)
     grad_u = None if u is None else (sums * k).sum((0, 1))
     grad_w = None if w is None or tau_j is None else (sums * tau_j).sum((0, 1))

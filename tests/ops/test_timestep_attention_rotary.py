@@ -82,7 +82,8 @@ def test_output_and_gradients_are_those_of_the_definition(dtype, tokens, dim, ta
 def test_dropout_is_that_of_the_float64_reference(table):
     leaves, options = make(tokens=41, dim=20, table=table)
     options |= {"dropout_p": 0.3, "seed": -5}
-    exact = outputs_and_grads(rotary_timestep_self_attention, [x.detach().double().requires_grad_() for x in leaves], **options)
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    exact = outputs_and_grads(rotary_timestep_self_attention, wide, **options)
     for isa in each_isa():
         for ours, truth in zip(outputs_and_grads(rotary_timestep_self_attention, leaves, **options), exact, strict=True):
             assert error(ours, truth) < 5e-6, isa
@@ -94,7 +95,8 @@ def test_error_against_float64_is_at_most_twice_torchs():
     truth = outputs_and_grads(by_definition, [x.detach().double().requires_grad_() for x in leaves])
     torchs = outputs_and_grads(by_definition, leaves)
     for isa in each_isa():
-        for ours, theirs, exact in zip(outputs_and_grads(rotary_timestep_self_attention, leaves), torchs, truth, strict=True):
+        results = outputs_and_grads(rotary_timestep_self_attention, leaves)
+        for ours, theirs, exact in zip(results, torchs, truth, strict=True):
             assert error(ours, exact) <= 2 * error(theirs, exact), isa
 
 
