@@ -4,8 +4,9 @@
 
 Contenders: this project in float32 and bfloat16; with ``--official PATH`` (a checkout of AR-Diffusion; ``transformers``
 must be installed) its network and its sampling loop in float32, at the same sizes, steps and candidates; fairseq's
-Transformer of the same width and depth with beam 5, made to write as many tokens. ``--real`` takes the lengths of the
-bundled Tatoeba sentences: this project then decodes what a length head would ask for, the official code its fixed length.
+Transformer of the same width and depth with beam 5, made to write as many tokens for each sentence. ``--real`` takes
+the lengths of the bundled Tatoeba sentences: this project then decodes what a length head would ask for, the official
+code its fixed length.
 Every case runs in a process of its own, so that the peak memory is its own.
 """
 
@@ -143,10 +144,26 @@ def official(case: dict):
 
 
 def transformer(case: dict):
-    """fairseq's Transformer, beam 5, made to write the target length; candidates do not apply."""
+    """fairseq's Transformer, beam 5, made to write each sentence's target length; candidates do not apply."""
     from fairseq.data import Dictionary
     from fairseq.models.transformer import TransformerConfig, TransformerModel
+    from fairseq.search import BeamSearch
     from fairseq.sequence_generator import SequenceGenerator
+
+    class OwnLengths(BeamSearch):
+        """A sentence ends at its own length, and leaves the batch as in real life."""
+
+        def __init__(self, words: Dictionary, lengths: Tensor) -> None:
+            super().__init__(words)
+            self.lengths = lengths
+
+        def step(self, step, lprobs, scores, prev_output_tokens=None, original_batch_idxs=None, candidate_multiple=2):
+            ends = self.lengths[original_batch_idxs] <= step
+            lprobs[~ends, :, self.eos] = float("-inf")
+            if ends.any():
+                lprobs[ends] = float("-inf")
+                lprobs[ends, :, self.eos] = 0.0
+            return super().step(step, lprobs, scores, prev_output_tokens, original_batch_idxs, candidate_multiple)
 
     size, words = SIZES[case["size"]], Dictionary()
     for i in range(size["vocabulary"] - len(words)):
@@ -165,7 +182,8 @@ def transformer(case: dict):
     @torch.no_grad()
     def run(source: Tensor, lengths: Tensor) -> None:
         longest = int(lengths.max())
-        generator = SequenceGenerator([model], words, beam_size=5, max_len_a=0, max_len_b=longest, min_len=longest)
+        generator = SequenceGenerator([model], words, beam_size=5, max_len_a=0, max_len_b=longest,
+                                      search_strategy=OwnLengths(words, lengths))
         generator.generate([model], {"net_input": {"src_tokens": source, "src_lengths": source.ne(1).sum(1)}})
 
     return run

@@ -9,6 +9,10 @@ from torch import Tensor
 
 from pydiffseq.decoding.model import DenoisingNetwork
 
+# Tokens of a piece from which on a processor of this kind gains less by more of them than it loses by padding.
+ENOUGH_TOKENS = {"cpu": 2048, "cuda": 16384}
+MOST_PADDING = 1.125   # tokens over tokens without padding
+
 
 def candidate_lengths(model: DenoisingNetwork, encoded: Any, length_beam: int, noise_beam: int) -> Tensor:
     """Target length of every candidate, int64 ``[B, C]``: the likeliest lengths, each ``noise_beam`` times.
@@ -35,10 +39,11 @@ class Piece(NamedTuple):
     width: int   # the longest of them
 
 
-def split_candidates(lengths: Tensor, budget: int) -> Iterator[Piece]:
+def split_candidates(lengths: Tensor, budget: int, enough: int) -> Iterator[Piece]:
     """Pieces of at most ``budget`` tokens, padding included, that together have every candidate once.
 
-    Sentences are taken by length, so that there is little padding. A sentence whose candidates do not fit is split.
+    Sentences are taken by length, so that there is little padding. A piece of ``enough`` tokens takes no longer sentence
+    that would pad it by more than an eighth. A sentence whose candidates do not fit is split.
 
     Args:
         lengths: int64 ``[B, C]``.
@@ -51,12 +56,15 @@ def split_candidates(lengths: Tensor, budget: int) -> Iterator[Piece]:
     if budget < longest:
         raise ValueError(f"candidate_tokens must hold one candidate of a sentence, here {longest} tokens, got {budget}")
     group: list[int] = []
+    own = 0   # tokens of the group without padding
     for sentence in sorted(range(len(widths)), key=widths.__getitem__):
-        if group and (len(group) + 1) * count * widths[sentence] > budget:
+        width, more = count * widths[sentence], (len(group) + 1) * count * widths[sentence]
+        if group and (more > budget or (own >= enough and more > MOST_PADDING * (own + width))):
             yield Piece(sorted(group), range(count), widths[group[-1]])
-            group = []
-        if count * widths[sentence] <= budget:
+            group, own = [], 0
+        if width <= budget:
             group.append(sentence)
+            own += width
             continue
         together = budget // widths[sentence]
         for first in range(0, count, together):

@@ -8,10 +8,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from pydiffseq.decoding.candidates import Piece, candidate_lengths, split_candidates
+from pydiffseq.decoding.candidates import ENOUGH_TOKENS, Piece, candidate_lengths, split_candidates
 from pydiffseq.decoding.mbr import MBR_DIRECTIONS, SMOOTHINGS, TOKEN_METRICS, mbr_order
 from pydiffseq.decoding.model import DenoisingNetwork
-from pydiffseq.decoding.run import DenoisingRun
+from pydiffseq.decoding.run import denoise_candidates
 from pydiffseq.diffusion import SOLVERS, SPACINGS
 from pydiffseq.diffusion.steps import ENDS
 from pydiffseq.nn.freeze import freeze
@@ -163,7 +163,8 @@ class Decoder:
         lengths = candidate_lengths(self.model, encoded, self.options.length_beam, self.options.noise_beam)
         lengths_or_0 = lengths.masked_fill(self._without_words(src_tokens)[:, None], 0)
         groups: list[list[Hypothesis]] = [[] for _ in range(len(src_tokens))]
-        for piece in split_candidates(lengths, self.options.candidate_tokens):
+        enough = ENOUGH_TOKENS.get(lengths.device.type, self.options.candidate_tokens)
+        for piece in split_candidates(lengths, self.options.candidate_tokens, enough):
             self._denoise(piece, encoded, lengths, ids, lengths_or_0, groups)
         return [_rank(group, self.options) for group in groups]
 
@@ -175,15 +176,14 @@ class Decoder:
         candidates = torch.arange(chosen.start, chosen.stop, device=lengths.device)
         rows = (candidates << 32) | ids[sentences, None]
         part = encoded if len(sentences) == len(lengths) else encoded.select(sentences)
-        run = DenoisingRun(self.model, self.options, self.table, part, lengths[sentences, chosen].flatten(), piece.width,
-                           rows.flatten())
-        tokens, scores, steps = run.tokens()
-        self.steps_planned, self.steps_run = self.steps_planned + run.planned, self.steps_run + run.made
+        result = denoise_candidates(self.model, self.options, self.table, part, lengths[sentences, chosen].flatten(),
+                                    piece.width, rows.flatten())
+        self.steps_planned, self.steps_run = self.steps_planned + result.planned, self.steps_run + result.made
         kept = lengths_or_0[sentences, chosen].flatten()
-        words = self._words(tokens, kept)
-        past = [(step, self._words(step, kept)) for step in run.history]
+        tokens, scores, words = result.tokens, result.scores, self._words(result.tokens, kept)
+        past = [(step, self._words(step, kept)) for step in result.history]
         owners = [sentence for sentence in piece.sentences for _ in piece.candidates]
-        for row, (owner, count) in enumerate(zip(owners, steps.tolist(), strict=True)):
+        for row, (owner, count) in enumerate(zip(owners, result.steps.tolist(), strict=True)):
             history = [step[row][keep[row]] for step, keep in past[:count]]
             groups[owner].append(Hypothesis(tokens[row][words[row]], scores[row][words[row]], 0.0, count, history))
 

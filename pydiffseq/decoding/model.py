@@ -38,11 +38,16 @@ class DenoisingNetwork(Protocol):
         """Source ids int64 ``[B, S]`` -> :class:`Encoded`."""
         ...
 
+    def prepare(self, encoded: Any, mask: Tensor | None, lengths: Tensor, width: int) -> Any:
+        """``encoded`` with what all denoising steps of its M candidates share; arguments as of :meth:`denoise`."""
+        ...
+
     def denoise(self, x_t: Tensor, timesteps: Tensor, encoded: Any, mask: Tensor | None, x_self: Tensor | None,
                 lengths: Tensor | None) -> Tensor:
         """x0_hat ``[M, N, d]``. Row ``m`` belongs to sentence ``m // (M / B)`` of ``encoded``, which is not copied.
 
-        ``timesteps``: int64 ``[M, N]``. ``mask``: bool ``[M, N]`` or ``None``. ``lengths``: int64 ``[M]``.
+        ``encoded``: as :meth:`encode` or :meth:`prepare` gives it. ``timesteps``: int64 ``[M, N]``. ``mask``: bool
+        ``[M, N]`` or ``None``. ``lengths``: int64 ``[M]``.
         """
         ...
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pydiffseq import ops
 from pydiffseq.diffusion.noise import truncate_normal
-from pydiffseq.diffusion.solvers import Update
+from pydiffseq.diffusion.plan import Update
 from pydiffseq.models.base import token_uniform
 
 

@@ -1,7 +1,9 @@
 """Diffusion on tensors: noise schedules, token timesteps, step lists and solvers. Pure functions, no ``nn.Module``."""
 
+from pydiffseq.diffusion.plan import Plan, follow, tabulate
 from pydiffseq.diffusion.schedules import SCHEDULES, NoiseSchedule, make_schedule, model_time
 from pydiffseq.diffusion.solvers import (
+    RECIPES,
     SOLVERS,
     ancestral,
     cedi,
@@ -38,12 +40,14 @@ from pydiffseq.diffusion.token_times import (
 )
 
 __all__ = [
+    "RECIPES",
     "SCHEDULES",
     "SOLVERS",
     "SPACINGS",
     "TIMESTEP_SAMPLERS",
     "LossAwareSampler",
     "NoiseSchedule",
+    "Plan",
     "StepList",
     "TimestepSampler",
     "UniformSampler",
@@ -57,6 +61,7 @@ __all__ = [
     "ddim_coefficients",
     "dpmpp2m",
     "dpmpp2m_refeed",
+    "follow",
     "get_solver",
     "make_schedule",
     "make_timestep_sampler",
@@ -67,6 +72,7 @@ __all__ = [
     "skip_coefficients",
     "skip_indices",
     "spaced_timesteps",
+    "tabulate",
     "token_steps",
     "uniform_steps",
     "xy_steps",

@@ -9,11 +9,13 @@ from torch import Tensor, nn
 
 from pydiffseq import ops
 from pydiffseq.models.ar_diffusion_config import ARDiffusionConfig
-from pydiffseq.models.base import DiffusionModel, projection
+from pydiffseq.models.base import DiffusionModel
 from pydiffseq.models.losses import Losses
 from pydiffseq.nn.attention import KeyValue
 from pydiffseq.nn.encoder import Encoder
 from pydiffseq.nn.length import LengthHead
+from pydiffseq.nn.packing import Packing, packed, padded
+from pydiffseq.nn.projection import Projection
 from pydiffseq.nn.time import TimeFeatures, TimeMLP
 from pydiffseq.nn.transformer import LN_EPS, DecoderBlock
 
@@ -24,9 +26,11 @@ class Encoded(NamedTuple):
     states: Tensor            # [B, S, H]
     mask: Tensor              # bool [B, S]
     memory: list[KeyValue]    # one per decoder block
+    base: Tensor | None = None   # [M, N, H], packed: [T, H]: what no step changes of the input of the candidates' decoder
+    packing: Packing | None = None   # the real ones of the target tokens, if that saves work
 
     def select(self, index: Tensor) -> Encoded:
-        """Rows ``index`` (int64 ``[M]``) of every part: repeats or drops sentences."""
+        """Rows ``index`` (int64 ``[M]``) of every part: repeats or drops sentences. It has to be prepared again."""
         memory = [KeyValue(kv.key[index], kv.value[index]) for kv in self.memory]
         return Encoded(self.states[index], self.mask[index], memory)
 
@@ -59,8 +63,8 @@ class ARDiffusion(DiffusionModel):
                                c.attention_dropout, pre_norm=c.encoder_pre_norm, pooler=not c.without_pooler)
 
         input_dim = c.latent_dim * (2 if c.self_conditioning else 1)
-        self.input_up = projection(input_dim, 2 * c.hidden_dim, c.hidden_dim)
-        self.output_down = projection(c.hidden_dim, 2 * c.hidden_dim, c.latent_dim)
+        self.input_up = Projection(input_dim, 2 * c.hidden_dim, c.hidden_dim)
+        self.output_down = Projection(c.hidden_dim, 2 * c.hidden_dim, c.latent_dim)
         # As in the official code, the decoder's position table has as many rows as the encoder's.
         self.positions = nn.Embedding(max(c.source_positions, c.target_length), c.hidden_dim)
         self.input_norm = nn.LayerNorm(c.hidden_dim, LN_EPS)
@@ -91,6 +95,16 @@ class ARDiffusion(DiffusionModel):
         memory = [cast(DecoderBlock, block).cross_attention.project(states) for block in self.blocks]
         return Encoded(states, mask, memory)
 
+    def prepare(self, encoded: Encoded, mask: Tensor | None, lengths: Tensor, width: int) -> Encoded:
+        """``encoded`` with what all denoising steps of M candidates share; arguments as of :meth:`denoise`."""
+        packing, base = Packing.of(mask), self._base(lengths, width).expand(len(lengths), -1, -1)
+        return encoded._replace(base=packed(base, packing).contiguous(), packing=packing)
+
+    def _base(self, lengths: Tensor | None, width: int) -> Tensor:
+        """Embeddings of the positions and the target length, ``[M or 1, width, H]``."""
+        base = self.positions.weight[:width][None]
+        return base if self.length_head is None else base + self.length_head.table(lengths)[:, None]
+
     def denoise(self, x_t: Tensor, timesteps: Tensor, encoded: Encoded, mask: Tensor | None,
                 x_self: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
         """Predict x0 from x_t: ``[M, N, d] -> [M, N, d]``; M = B x candidates, ``encoded`` having B sentences.
@@ -106,16 +120,15 @@ class ARDiffusion(DiffusionModel):
         c = self.config
         if c.self_conditioning:
             x_t = torch.cat([torch.zeros_like(x_t) if x_self is None else x_self, x_t], dim=-1)
-        h = self.input_up(x_t) + self.positions.weight[: x_t.size(1)]
+        packing, base = encoded.packing, self._base(lengths, x_t.size(1)) if encoded.base is None else encoded.base
+        h = self.input_up(packed(x_t, packing), base)
         time = self.time_features(timesteps, h.dtype)
         if self.time_mlp is not None:
-            h = h + self.time_mlp(time)
-        if self.length_head is not None:
-            h = h + self.length_head.table(lengths)[:, None]
+            h = h + packed(self.time_mlp(time), packing)
         h = ops.dropout(self.input_norm(h), c.dropout, training=self.training)
         for block, source in zip(self.blocks, encoded.memory, strict=True):
-            h = block(h, mask, source, encoded.mask, time)
-        return self.output_down(h if self.final_norm is None else self.final_norm(h))
+            h = block(h, mask, source, encoded.mask, time, packing)
+        return padded(self.output_down(h if self.final_norm is None else self.final_norm(h)), packing)
 
     def fixed_lengths(self, encoded: Encoded) -> Tensor:
         """With the ``pad`` policy, the length of each target with its padding: int64 ``[B]``."""

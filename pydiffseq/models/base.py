@@ -28,11 +28,6 @@ class Corrupted(NamedTuple):
     weights: Tensor      # float32 [B]: of each sentence's loss
 
 
-def projection(input_dim: int, middle_dim: int, output_dim: int) -> nn.Sequential:
-    """``Linear -> tanh -> Linear`` between the latent space and the network's width (spec 1.2, 2.1)."""
-    return nn.Sequential(nn.Linear(input_dim, middle_dim), nn.Tanh(), nn.Linear(middle_dim, output_dim))
-
-
 class DiffusionModel(nn.Module):
     """The latent table, the noise and the losses; a subclass adds the network and says what is noised and scored."""
 

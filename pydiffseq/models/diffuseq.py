@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from pydiffseq import ops
-from pydiffseq.models.base import DiffusionModel, projection, token_uniform
+from pydiffseq.models.base import DiffusionModel, token_uniform
 from pydiffseq.models.diffuseq_config import DiffuSeqConfig
 from pydiffseq.models.losses import Losses
 from pydiffseq.models.sequence import Part, framed, splice, splice_index, trimmed_lengths, words_of
 from pydiffseq.nn.length import LengthHead
+from pydiffseq.nn.projection import Projection
 from pydiffseq.nn.time import TimeFeatures, TimeMLP
 from pydiffseq.nn.transformer import LN_EPS, EncoderLayer
 
@@ -27,6 +28,18 @@ class Prompt(NamedTuple):
     def select(self, index: Tensor) -> Prompt:
         """Rows ``index`` (int64 ``[M]``) of every part: repeats or drops sentences."""
         return Prompt(self.words[index], self.mask[index], self.lengths[index])
+
+
+class Placed(NamedTuple):
+    """A prompt laid out for the M candidates of its sentences: what no denoising step changes."""
+
+    words: Tensor         # [M, S, d]
+    origin: Tensor        # int64 [M, L]: where a column comes from, the words or the target behind them
+    columns: Tensor       # int64 [M, L]: the target position whose timestep a column has
+    target: Tensor        # int64 [M, N]: the columns of the target
+    noised: Tensor        # bool [M, L]
+    real: Tensor | None   # bool [M, L]: what attention sees; None: all
+    base: Tensor          # [M, L, H]: embeddings of the positions and of the target length
 
 
 class Sequences(NamedTuple):
@@ -56,8 +69,8 @@ class DiffuSeq(DiffusionModel):
         super().__init__(config, distance_logits=config.logits == "distance")
         c = config
         hidden, input_dim = c.hidden_dim, c.latent_dim * (2 if c.self_conditioning else 1)
-        self.input_up = projection(input_dim, hidden, hidden) if input_dim != hidden else nn.Identity()
-        self.output_down = projection(hidden, hidden, c.latent_dim) if c.latent_dim != hidden else nn.Identity()
+        self.input_up = Projection(input_dim, hidden, hidden) if input_dim != hidden else nn.Identity()
+        self.output_down = Projection(hidden, hidden, c.latent_dim) if c.latent_dim != hidden else nn.Identity()
         self.positions = nn.Embedding(c.positions, hidden)
         self.time_features = TimeFeatures(c.diffusion_steps, c.time_dim)
         self.time_mlp = TimeMLP(c.time_dim, hidden)
@@ -85,7 +98,7 @@ class DiffuSeq(DiffusionModel):
         mask = torch.arange(source.tokens.size(1), device=source.tokens.device) < source.lengths[:, None]
         return Prompt(nn.functional.embedding(source.tokens, self.embedding.table()), mask, source.lengths)
 
-    def denoise(self, x_t: Tensor, timesteps: Tensor, encoded: Prompt, mask: Tensor | None = None,
+    def denoise(self, x_t: Tensor, timesteps: Tensor, encoded: Prompt | Placed, mask: Tensor | None = None,
                 x_self: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
         """Predict x0 of the target part from x_t: ``[M, N, d] -> [M, N, d]``; M = B x candidates, side by side.
 
@@ -99,46 +112,69 @@ class DiffuSeq(DiffusionModel):
         Raises:
             ValueError: source and target together have more tokens than there are positions.
         """
-        if len(x_t) != len(encoded.lengths):
-            each = len(x_t) // len(encoded.lengths)
-            encoded = encoded.select(torch.arange(len(x_t), device=x_t.device) // each)
-        start, width = encoded.lengths, x_t.size(1)
-        ends = start + (width if lengths is None else lengths)
-        # Reading the longest waits for a GPU; the bound costs it a few columns of padding.
-        longest = int(ends.max()) if ends.device.type == "cpu" else encoded.words.size(1) + width
-        index = splice_index(start, encoded.words.size(1), width, longest)
-        column = torch.arange(longest, device=x_t.device)
+        if not isinstance(encoded, Placed):
+            width = x_t.size(1)
+            whole = torch.full((len(x_t),), width, device=x_t.device) if lengths is None else lengths
+            encoded = self.prepare(encoded, mask, whole, width)
+        p = encoded
 
         def in_sequence(target: Tensor) -> Tensor:
-            return take(torch.cat([encoded.words.to(target.dtype), target], 1), index)
+            return take(torch.cat([p.words.to(target.dtype), target], 1), p.origin)
 
-        states = self.states(
-            in_sequence(x_t), take(timesteps, (column - start[:, None]).clamp(0, width - 1)),
-            column >= start[:, None], column < ends[:, None] if self.length_head is not None else None,
-            None if x_self is None else in_sequence(x_self), ends - start)
-        target = start[:, None] + torch.arange(width, device=x_t.device)
-        return self.output_down(take(states, target.clamp_max(longest - 1)))
+        timesteps = take(timesteps, p.columns) if self.config.timestep_sampler == "xy_uniform" else timesteps[:, :1]
+        states = self.states(in_sequence(x_t), timesteps, p.noised, p.real,
+                             None if x_self is None else in_sequence(x_self), p.base)
+        return self.output_down(take(states, p.target))
 
-    def states(self, x: Tensor, timesteps: Tensor, noised: Tensor, real: Tensor | None, x_self: Tensor | None,
-               lengths: Tensor) -> Tensor:
-        """States ``[B, L, H]`` of whole sequences ``x`` ``[B, L, d]`` at timesteps int64 ``[B, L]`` (spec 1.2).
+    def prepare(self, encoded: Prompt, mask: Tensor | None, lengths: Tensor, width: int) -> Placed:
+        """Where the parts of M candidates lie; arguments as of :meth:`denoise`.
 
-        ``noised``, ``real``: bool ``[B, L]``, see :class:`Sequences`. In self-conditioning the source is known.
+        Raises:
+            ValueError: source and target together have more tokens than there are positions.
+        """
+        if len(lengths) != len(encoded.lengths):
+            each = len(lengths) // len(encoded.lengths)
+            encoded = encoded.select(torch.arange(len(lengths), device=lengths.device) // each)
+        start, source_width = encoded.lengths[:, None], encoded.words.size(1)
+        ends, bound = start + lengths[:, None], min(source_width + width, self.config.positions)
+        longest = int(ends.max()) if readable(ends) else bound
+        column = torch.arange(longest, device=lengths.device)
+        noised = column >= start
+        # With the pad policy all rows end with the last column, unless there are more than needed.
+        real = column < ends if self.length_head is not None or not readable(ends) else None
+        target = (start + torch.arange(width, device=lengths.device)).clamp_max(longest - 1)
+        return Placed(encoded.words, splice_index(encoded.lengths, source_width, width, longest),
+                      (column - start).clamp(0, width - 1), target, noised, real,
+                      self._base(noised, lengths).expand(len(lengths), -1, -1).contiguous())
+
+    def _base(self, noised: Tensor, lengths: Tensor) -> Tensor:
+        """``[B or 1, L, H]`` for ``noised`` bool ``[B, L]``.
 
         Raises:
             ValueError: the sequences have more tokens than there are positions.
         """
-        c, length = self.config, x.size(1)
-        if length > c.positions:
-            raise ValueError(f"source and target together must have at most {c.positions} tokens (positions), "
+        length = noised.size(1)
+        if length > self.config.positions:
+            raise ValueError(f"source and target together must have at most {self.config.positions} tokens (positions), "
                              f"got {length}")
-        if c.timestep_sampler != "xy_uniform":
+        base = self.positions.weight[:length][None]
+        if self.length_head is None:
+            return base
+        return base + self.length_head.table(lengths)[:, None] * noised[..., None]
+
+    def states(self, x: Tensor, timesteps: Tensor, noised: Tensor, real: Tensor | None, x_self: Tensor | None,
+               base: Tensor) -> Tensor:
+        """States ``[B, L, H]`` of whole sequences ``x`` ``[B, L, d]`` (spec 1.2).
+
+        ``timesteps``: int64 ``[B, L]`` or ``[B, 1]``. ``noised``, ``real``: bool ``[B, L]``, see :class:`Sequences`.
+        ``base``: see :class:`Placed`. In self-conditioning the source is known.
+        """
+        x = self._with_self(x, noised, x_self)
+        if self.config.timestep_sampler != "xy_uniform":
             timesteps = timesteps[:, :1]   # one for the sentence, so the same for all its tokens
-        time = self.time_mlp(self.time_features(timesteps, x.dtype))
-        h = self.input_up(self._with_self(x, noised, x_self)) + self.positions.weight[:length] + time
-        if self.length_head is not None:
-            h = h + self.length_head.table(lengths)[:, None] * noised[..., None]
-        h = ops.dropout(self.input_norm(h), c.dropout, training=self.training)
+        h = x + base if isinstance(self.input_up, nn.Identity) else self.input_up(x, base)
+        h = h + self.time_mlp(self.time_features(timesteps, x.dtype))
+        h = ops.dropout(self.input_norm(h), self.config.dropout, training=self.training)
         for layer in self.layers:
             h = layer(h, real)
         return h if self.final_norm is None else self.final_norm(h)
@@ -238,9 +274,10 @@ class DiffuSeq(DiffusionModel):
         if self.absorbing is not None:
             noisy = noisy._replace(x_t=self._absorb(noisy.x_t, timesteps, batch.noised, self.absorbing, seed, rows))
 
+        base = self._base(batch.noised, batch.lengths)
+
         def denoise(x_self: Tensor | None) -> Tensor:
-            return self.output_down(
-                self.states(noisy.x_t, timesteps, batch.noised, batch.real, x_self, batch.lengths))
+            return self.output_down(self.states(noisy.x_t, timesteps, batch.noised, batch.real, x_self, base))
 
         losses = self.score(noisy, self.predict(denoise, seed), batch.tokens, batch.scored)
         if self.length_head is not None:
@@ -263,6 +300,11 @@ class DiffuSeq(DiffusionModel):
             return x_t
         gone = noised & (token_uniform(seed, rows, noised.size(1), step=1) < self.config.discrete_noise * sigma)
         return torch.where(gone[..., None], absorbing, x_t)
+
+
+def readable(x: Tensor) -> bool:
+    """Whether a value of ``x`` can be read without waiting for a device; else a bound serves, with some padding."""
+    return x.device.type == "cpu"
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

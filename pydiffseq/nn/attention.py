@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pydiffseq import ops
+from pydiffseq.nn.packing import Packing, packed, padded
 
 
 class KeyValue(NamedTuple):
@@ -49,13 +50,14 @@ class SelfAttention(nn.Module):
             self.time_bias = nn.Parameter(torch.rand(heads, hidden_dim // heads))
 
     def forward(self, x: Tensor, mask: Tensor | None, residual: Tensor, time: Tensor | None = None,
-                timesteps: Tensor | None = None) -> Tensor:
-        """``residual + dropout(attention(x))``, ``[B, N, H]``.
+                timesteps: Tensor | None = None, packing: Packing | None = None) -> Tensor:
+        """``residual + dropout(attention(x))``, ``[B, N, H]``; with a ``packing`` x, residual and result are ``[T, H]``.
 
         ``mask``: bool ``[B, N]``, True = real position. ``time``: the block's time projection, which both injections
         need: ``[B, N, H]``, or a table ``[T, H]`` that int64 ``timesteps`` ``[B, N]`` index.
         """
-        qkv = self.qkv(x).view(*x.shape[:2], 3, self.heads, -1)
+        qkv = padded(self.qkv(x), packing)
+        qkv = qkv.view(*qkv.shape[:2], 3, self.heads, -1)
         dropout_p = self.attention_dropout if self.training else 0.0
         tau = None if time is None else time.view(*time.shape[:-1], self.heads, -1)
         if self.injection is None:
@@ -68,7 +70,7 @@ class SelfAttention(nn.Module):
         else:
             attended = ops.timestep_self_attention(
                 qkv, tau, self.content_bias, self.time_bias, timesteps=timesteps, key_mask=mask, dropout_p=dropout_p)
-        return self.out(attended.flatten(2), residual, self.dropout)
+        return self.out(packed(attended.flatten(2), packing), residual, self.dropout)
 
 
 class CrossAttention(nn.Module):
@@ -85,12 +87,14 @@ class CrossAttention(nn.Module):
         """Keys and values of encoder states ``[B, S, H]``; they do not change during denoising."""
         return KeyValue(*split_heads(self.key_value(states), 2, self.heads))
 
-    def forward(self, x: Tensor, source: KeyValue, mask: Tensor | None, residual: Tensor) -> Tensor:
-        """``residual + dropout(attention(x -> source))``, ``[M, N, H]``; ``mask``: bool ``[B, S]``.
+    def forward(self, x: Tensor, source: KeyValue, mask: Tensor | None, residual: Tensor,
+                packing: Packing | None = None) -> Tensor:
+        """``residual + dropout(attention(x -> source))``, ``[M, N, H]`` (packed: ``[T, H]``); ``mask``: bool ``[B, S]``.
 
         M is a multiple of B: consecutive rows of ``x`` share a source, as more queries for its keys.
         """
-        query = self.query(x).view(len(source.key), -1, *source.key.shape[2:])
+        query = padded(self.query(x), packing)
+        shape, query = query.shape, query.view(len(source.key), -1, *source.key.shape[2:])
         attended = ops.timestep_attention(query, source.key, source.value, key_mask=mask,
                                           dropout_p=self.attention_dropout if self.training else 0.0)
-        return self.out(attended.view(x.shape), residual, self.dropout)
+        return self.out(packed(attended.view(shape), packing), residual, self.dropout)

@@ -13,6 +13,7 @@ from pydiffseq import ops
 from pydiffseq.nn.attention import ResidualLinear
 from pydiffseq.nn.embedding import LatentEmbedding
 from pydiffseq.nn.length import LengthHead
+from pydiffseq.nn.projection import Projection
 from pydiffseq.nn.time import TimeFeatures, TimeMLP, Timesteps, TimeTable
 from pydiffseq.nn.transformer import GEGLU
 
@@ -59,6 +60,19 @@ class FrozenGEGLU(nn.Module):
         return self.down(self.up(x), residual)
 
 
+class FrozenProjection(nn.Module):
+    """A :class:`Projection`."""
+
+    def __init__(self, projection: Projection) -> None:
+        super().__init__()
+        up, _, down = projection
+        self.up, self.down = FrozenLinear(cast(nn.Linear, up)), FrozenLinear(cast(nn.Linear, down))
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        residual = None if residual is None else residual.expand(*x.shape[:-1], -1)
+        return self.down(torch.tanh(self.up(x)), residual)
+
+
 class FrozenLengthHead(LengthHead):
     """A :class:`LengthHead` whose scores of a sentence do not depend on its batch and padding."""
 
@@ -99,6 +113,8 @@ def _freeze(module: nn.Module, features: TimeFeatures | None) -> nn.Module:
         return TimeTable(module, features)
     if isinstance(module, TimeFeatures):
         return Timesteps()
+    if isinstance(module, Projection):
+        return FrozenProjection(module)
     if isinstance(module, GEGLU):
         return FrozenGEGLU(module)
     if isinstance(module, LengthHead):

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from pydiffseq import ops
 from pydiffseq.nn.attention import CrossAttention, KeyValue, ResidualLinear, SelfAttention
+from pydiffseq.nn.packing import Packing
 from pydiffseq.nn.time import TimeMLP, TimeTable
 
 LN_EPS = 1e-12   # both published code bases use BERT's value
@@ -67,14 +68,18 @@ class DecoderBlock(nn.Module):
         self.ffn_norm = nn.LayerNorm(hidden_dim, LN_EPS)
         self.ffn = GEGLU(hidden_dim, ffn_dim, dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None, source: KeyValue, source_mask: Tensor, time: Tensor) -> Tensor:
-        """``time``: features of the tokens' timesteps, ``[B, N, time_dim]``, unused by the ``add`` injection; the
-        timesteps themselves, int64 ``[B, N]``, where a table has replaced the time MLP (see :mod:`pydiffseq.nn.freeze`).
+    def forward(self, x: Tensor, mask: Tensor | None, source: KeyValue, source_mask: Tensor, time: Tensor,
+                packing: Packing | None = None) -> Tensor:
+        """``x``: ``[B, N, H]``, or ``[T, H]`` with a ``packing``.
+
+        ``time``: features of the tokens' timesteps, ``[B, N, time_dim]``, unused by the ``add`` injection; the timesteps
+        themselves, int64 ``[B, N]``, where a table has replaced the time MLP (see :mod:`pydiffseq.nn.freeze`).
         """
         if isinstance(self.time_mlp, TimeTable):
-            x = self.self_attention(self.self_norm(x), mask, residual=x, time=self.time_mlp.table, timesteps=time)
+            x = self.self_attention(self.self_norm(x), mask, residual=x, time=self.time_mlp.table, timesteps=time,
+                                    packing=packing)
         else:
             tau = self.time_mlp(time) if self.time_mlp is not None else None
-            x = self.self_attention(self.self_norm(x), mask, residual=x, time=tau)
-        x = self.cross_attention(self.cross_norm(x), source, source_mask, residual=x)
+            x = self.self_attention(self.self_norm(x), mask, residual=x, time=tau, packing=packing)
+        x = self.cross_attention(self.cross_norm(x), source, source_mask, residual=x, packing=packing)
         return self.ffn(self.ffn_norm(x), residual=x)

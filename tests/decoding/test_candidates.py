@@ -10,11 +10,12 @@ from pydiffseq.decoding import DecodeOptions, Decoder, decode
 from pydiffseq.decoding.candidates import split_candidates
 
 
+@pytest.mark.parametrize("enough", [1, 20, 10**6])
 @pytest.mark.parametrize("budget", [9, 10, 17, 18, 40, 100, 10**6])
-def test_pieces_hold_every_candidate_once_within_the_budget(budget):
+def test_pieces_hold_every_candidate_once_within_the_budget(budget, enough):
     lengths = torch.tensor([[3, 4, 2], [9, 8, 7], [1, 2, 1], [5, 5, 6], [9, 9, 9]])
     seen = []
-    for piece in split_candidates(lengths, budget):
+    for piece in split_candidates(lengths, budget, enough):
         assert piece.sentences == sorted(piece.sentences)
         assert piece.width == max(int(lengths[s].max()) for s in piece.sentences)
         assert len(piece.sentences) * len(piece.candidates) * piece.width <= budget
@@ -24,7 +25,14 @@ def test_pieces_hold_every_candidate_once_within_the_budget(budget):
 
 def test_pieces_have_sentences_of_like_length():
     lengths = torch.tensor([[1], [30], [2], [29]])
-    assert [piece.sentences for piece in split_candidates(lengths, 60)] == [[0, 2], [1, 3]]
+    assert [piece.sentences for piece in split_candidates(lengths, 60, 60)] == [[0, 2], [1, 3]]
+
+
+def test_pieces_with_enough_tokens_are_not_padded_by_longer_sentences():
+    lengths = torch.tensor([[8], [9], [20], [8], [9], [21]])
+    assert [piece.sentences for piece in split_candidates(lengths, 1000, 1000)] == [[0, 1, 2, 3, 4, 5]]
+    assert [piece.sentences for piece in split_candidates(lengths, 1000, 30)] == [[0, 1, 3, 4], [2, 5]]
+    assert [piece.sentences for piece in split_candidates(lengths, 1000, 35)] == [[0, 1, 2, 3, 4], [5]]
 
 
 @pytest.mark.parametrize("changes", [{}, PREDICT, {"time_injection": "rotary"}, {"time_injection": "add"}], ids=str)

@@ -152,7 +152,7 @@ def test_denoise_is_the_network_of_training_on_the_target_part(recipe):
                     for target in (x_t, x_self))
         noised = torch.arange(start + length)[None] >= start
         states = model.states(x, t[row:row + 1, :1].expand(1, start + length), noised, None, known,
-                              torch.tensor([length]))
+                              model._base(noised, torch.tensor([length])))
         torch.testing.assert_close(found[row, :length], model.output_down(states)[0, start:], rtol=1e-4, atol=1e-5)
 
 
