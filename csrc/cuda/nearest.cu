@@ -18,7 +18,7 @@ namespace cuda {
 namespace {
 
 constexpr int kRerankRows = 8;
-constexpr int kMarginBytes = 2 * kTileRows * 4;
+constexpr int kMarginBytes = 2 * kTileRows * 4, kLowerBytes = 4 * kTileThreads * 4;
 
 // Bound of |s computed - s| / (|x| |e|): each factor's rounding to bfloat16 costs 2^-9; every sum up to 2^-21, four times
 // what sums in float32 would, since tensor cores truncate. In units of float64, with pydiffseq/ops/nearest.py.
@@ -61,8 +61,7 @@ __global__ void __launch_bounds__(kTileThreads) nearest_prepare_kernel(const __g
 
 // --- Filter ---
 
-__device__ __forceinline__ void offer(NearestSlot& slot, float upper, float lower, uint32_t group) {
-  slot.lower = fmaxf(slot.lower, lower);
+__device__ __forceinline__ void offer(NearestSlot& slot, float upper, uint32_t group) {
   if (upper > slot.first) {
     slot.third = slot.second;
     slot.second = slot.first;
@@ -81,18 +80,23 @@ template <bool kResident, int kStages>
 __global__ void __launch_bounds__(kTileThreads, kResident ? 2 : 1) nearest_filter_kernel(const __grid_constant__ NearestCudaArgs a) {
   PDS_SHARED_MEMORY(shared);
   float* margins = reinterpret_cast<float*>(shared);
+  float* lower = reinterpret_cast<float*>(shared + kMarginBytes) + threadIdx.x;   // of its rows; registers are scarce
   const TilePlace<64> at;
   const BlockShare share(a.rows, a.tiles, a.parts);
   const int stride = static_cast<int>(a.padded);
   const RowMatrix<__nv_bfloat16> x{static_cast<const __nv_bfloat16*>(a.rows16), a.rows, stride};
-  const RowMatrix<__nv_bfloat16> table{static_cast<const __nv_bfloat16*>(a.packed), a.tiles * kTileRows, stride};
+  const RowMatrix<__nv_bfloat16, true> table{static_cast<const __nv_bfloat16*>(a.packed), 0, stride};
   NearestSlot slots[4];   // of the thread's rows
 #pragma unroll
-  for (int i = 0; i < 4; ++i) slots[i] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY, 0xFFFFFFFFu};
+  for (int i = 0; i < 4; ++i) {
+    slots[i] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY, 0xFFFFFFFFu};
+    lower[i * kTileThreads] = -INFINITY;
+  }
   for (int i = threadIdx.x; i < 2 * kTileRows; i += kTileThreads)   // seen after the walk's first barrier
     margins[i] = i < 2 * share.rows ? a.margins[2 * share.first_row + i] : 0.f;
   walk_tiles<__nv_bfloat16, kResident, kStages>(
-      shared_address(shared + kMarginBytes), x, table, a.packed_bias, share, at, [&](int tile, const float scores[2][8][4]) {
+      shared_address(shared + kMarginBytes + kLowerBytes), x, table, a.packed_bias, share, at,
+      [&](int tile, const float scores[2][8][4]) {
         const float norm = __ldg(a.norm + tile), slack = __ldg(a.slack + tile);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -102,12 +106,14 @@ __global__ void __launch_bounds__(kTileThreads, kResident ? 2 : 1) nearest_filte
             best = fmaxf(best, fmaxf(scores[i / 2][n][2 * (i % 2)], scores[i / 2][n][2 * (i % 2) + 1]));
           const float2 margin = reinterpret_cast<const float2*>(margins)[at.row(i)];
           const float eps = margin.x * norm + slack + margin.y;
-          offer(slots[i], best + eps, best - eps, 2 * tile + at.first_column / 64);
+          lower[i * kTileThreads] = fmaxf(lower[i * kTileThreads], best - eps);
+          offer(slots[i], best + eps, 2 * tile + at.first_column / 64);
         }
       });
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int slot = at.first_column / 16 + (at.lane & 3);
+    slots[i].lower = lower[i * kTileThreads];
     if (at.row(i) < share.rows)
       a.slots[((share.first_row + at.row(i)) * a.parts + share.part) * kNearestSlots + slot] = slots[i];
   }
@@ -211,9 +217,10 @@ cudaError_t run(const NearestCudaArgs& args, const Launch& launch, int most_shar
   const int64_t warps = kTileThreads / 32, row_tiles = (args.rows + kTileRows - 1) / kTileRows;
   cudaError_t status = start(&nearest_prepare_kernel<T>, Grid{(args.rows + warps - 1) / warps, kTileThreads, 0}, launch, args);
   if (status != cudaSuccess) return status;
-  const int64_t chunks = args.padded / kTileFeatures, resident = kMarginBytes + walk_bytes(true, 3, chunks);
+  const int64_t chunks = args.padded / kTileFeatures, kept = kMarginBytes + kLowerBytes;
+  const int64_t resident = kept + walk_bytes(true, 3, chunks);
   const bool fits = resident <= most_shared;
-  const int64_t shared_bytes = fits ? resident : kMarginBytes + walk_bytes(false, 2, chunks);
+  const int64_t shared_bytes = fits ? resident : kept + walk_bytes(false, 2, chunks);
   const Grid grid{row_tiles * args.parts, kTileThreads, static_cast<size_t>(shared_bytes)};
   status = fits ? start(&nearest_filter_kernel<true, 3>, grid, launch, args)
                 : start(&nearest_filter_kernel<false, 2>, grid, launch, args);

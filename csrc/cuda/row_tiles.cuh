@@ -27,7 +27,8 @@ struct TilePlace {
 };
 
 // A matrix of 16-bit rows. `stride` and the address are multiples of 8 elements; what lies behind `stride` reads as 0.
-template <typename T>
+// kPadded: it has whole tiles of whole chunks.
+template <typename T, bool kPadded = false>
 struct RowMatrix {
   const T* data;
   int64_t rows;
@@ -36,17 +37,18 @@ struct RowMatrix {
 };
 
 // Chunk `chunk` of kRows rows from `first` on; rows that do not exist are zeros.
-template <int kRows, typename T>
-__device__ __forceinline__ void load_chunk(SharedAddress tile, const RowMatrix<T>& matrix, int64_t first, int chunk) {
+template <int kRows, typename T, bool kPadded>
+__device__ __forceinline__ void load_chunk(SharedAddress tile, const RowMatrix<T, kPadded>& matrix, int64_t first, int chunk) {
   const int r = threadIdx.x / Chunk::kUnits, unit = threadIdx.x % Chunk::kUnits;
   constexpr int kStep = kTileThreads / Chunk::kUnits;   // rows
   const int feature = chunk * kTileFeatures + unit * 8;
-  const int rows = feature < matrix.stride ? static_cast<int>(min(matrix.rows - first, static_cast<int64_t>(kRows))) : 0;
+  int rows = kRows;
+  if (!kPadded) rows = feature < matrix.stride ? static_cast<int>(min(matrix.rows - first, int64_t{kRows})) : 0;
   const T* from = matrix.data + first * matrix.stride + (r * matrix.stride + feature);
   tile += Chunk::offset(r, unit);
 #pragma unroll
   for (int i = 0; i < kRows / kStep; ++i) {
-    const bool valid = r + i * kStep < rows;
+    const bool valid = kPadded || r + i * kStep < rows;
     copy_async(tile + Chunk::offset(i * kStep, 0), valid ? from + i * kStep * matrix.stride : matrix.data, valid);
   }
 }
@@ -115,10 +117,9 @@ struct BlockShare {
 
 // Where the walk over tiles and their chunks is.
 struct TileWalk {
-  int tile, chunk = 0, stage = 0;
-  __device__ __forceinline__ void advance(int chunks, int stages) {
+  int tile, chunk = 0;
+  __device__ __forceinline__ void advance(int chunks) {
     if (++chunk == chunks) chunk = 0, ++tile;
-    if (++stage == stages) stage = 0;
   }
 };
 
@@ -129,19 +130,19 @@ constexpr int64_t walk_bytes(bool resident, int stages, int64_t chunks) {
 
 // Calls take(tile, scores) for each of the share's tiles. kResident: all chunks of x stay in shared memory; else they stream
 // along with those of the table. `bias` has 128 entries for every tile; a tile's rows that do not exist want -inf there.
-template <typename T, bool kResident, int kStages, typename Take>
-__device__ __forceinline__ void walk_tiles(SharedAddress memory, const RowMatrix<T>& x, const RowMatrix<T>& table,
+template <typename T, bool kResident, int kStages, bool kPadded, typename Take>
+__device__ __forceinline__ void walk_tiles(SharedAddress memory, const RowMatrix<T>& x, const RowMatrix<T, kPadded>& table,
                                            const float* bias, const BlockShare& share, const TilePlace<64>& at, Take&& take) {
   constexpr int kStageBytes = (kResident ? 1 : 2) * kChunkBytes;
   const int chunks = table.chunks();
   const SharedAddress stages = memory + (kResident ? chunks * kChunkBytes : 0);
   TileWalk ahead{share.tile}, now = ahead;
-  const auto load = [&] {
+  const auto load = [&](int stage) {
     if (ahead.tile < share.end_tile) {
-      const SharedAddress stage = stages + ahead.stage * kStageBytes;
-      load_chunk<kTileRows>(stage, table, static_cast<int64_t>(ahead.tile) * kTileRows, ahead.chunk);
-      if (!kResident) load_chunk<kTileRows>(stage + kChunkBytes, x, share.first_row, ahead.chunk);
-      ahead.advance(chunks, kStages);
+      const SharedAddress place = stages + stage * kStageBytes;
+      load_chunk<kTileRows>(place, table, static_cast<int64_t>(ahead.tile) * kTileRows, ahead.chunk);
+      if (!kResident) load_chunk<kTileRows>(place + kChunkBytes, x, share.first_row, ahead.chunk);
+      ahead.advance(chunks);
     }
     commit_copies();
   };
@@ -149,18 +150,20 @@ __device__ __forceinline__ void walk_tiles(SharedAddress memory, const RowMatrix
     for (int chunk = 0; chunk < chunks; ++chunk)
       load_chunk<kTileRows>(memory + chunk * kChunkBytes, x, share.first_row, chunk);
 #pragma unroll 1
-  for (int step = 0; step < kStages - 1; ++step) load();
+  for (int stage = 0; stage < kStages - 1; ++stage) load(stage);
 
   float scores[2][8][4];
+  int stage = 0;
 #pragma unroll 1
-  for (; now.tile < share.end_tile; now.advance(chunks, kStages)) {
-    if (now.chunk == 0) start_scores<64>(scores, bias + static_cast<int64_t>(now.tile) * kTileRows, at);
+  for (; now.tile < share.end_tile; now.advance(chunks)) {
+    if (now.chunk == 0) start_scores<64>(scores, bias + now.tile * kTileRows, at);
     wait_copies<kStages - 2>();
     __syncthreads();   // the chunk is there for all, and the stage before it is free
-    load();
-    const SharedAddress stage = stages + now.stage * kStageBytes;
-    multiply_chunk<T, 64>(scores, kResident ? memory + now.chunk * kChunkBytes : stage + kChunkBytes, stage, at);
+    load(stage == 0 ? kStages - 1 : stage - 1);
+    const SharedAddress place = stages + stage * kStageBytes;
+    multiply_chunk<T, 64>(scores, kResident ? memory + now.chunk * kChunkBytes : place + kChunkBytes, place, at);
     if (now.chunk + 1 == chunks) take(now.tile, scores);
+    stage = stage + 1 == kStages ? 0 : stage + 1;
   }
   wait_copies<0>();
 }
