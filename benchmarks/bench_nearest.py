@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pydiffseq.ops import nearest
+from pydiffseq.ops import nearest, nearest_topk
 
 # The last three are decoding: B * N vectors, a small vocabulary.
 SIZES = {"M4096-d128-V30522": (4096, 128, 30522), "M4096-d768-V30522": (4096, 768, 30522),
@@ -67,4 +67,32 @@ def test_nearest(benchmark, size: str, contender: str) -> None:
                             "flops": 2 * rows * dim * vocab}
     search = CONTENDERS[contender](table)
     assert (search(x) == ids).float().mean() > 0.9  # packs or compiles, too
+    benchmark(search, x)
+
+
+K = 8
+
+
+def addmm_topk(table: Tensor) -> Search:
+    bias = -0.5 * table.square().sum(-1)
+    return lambda x: torch.cat([torch.addmm(bias, part, table.T).topk(K).indices for part in x.split(ROWS)])
+
+
+TOPK: dict[str, Callable[[Tensor], Search]] = {
+    "pydiffseq": lambda table: lambda x: nearest_topk(x, table, k=K)[0], "addmm-chunks": addmm_topk,
+    "cdist": lambda table: lambda x: torch.cdist(x, table).topk(K, largest=False).indices,
+}
+
+
+@pytest.mark.parametrize("contender", TOPK)
+@pytest.mark.parametrize("size", ["M512-d128-V30522", "M2000-d64-V6000"])
+def test_nearest_topk(benchmark, size: str, contender: str) -> None:
+    rows, dim, vocab = SIZES[size]
+    table = torch.randn(vocab, dim)
+    x = table[torch.randint(vocab, (rows,))] + torch.randn(rows, dim)
+    benchmark.group = f"nearest_topk k{K} {size} float32"
+    benchmark.extra_info = {"op": "nearest_topk", "contender": contender, "flops": 2 * rows * dim * vocab,
+                            "bytes": 4 * (rows * dim + vocab * dim + 3 * rows * K)}
+    search = TOPK[contender](table)
+    search(x)  # packs, too
     benchmark(search, x)

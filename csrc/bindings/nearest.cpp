@@ -43,8 +43,21 @@ void bind_nearest(py::module_& m) {
     NearestArgs args = arguments(table, bias, bf16, dot, vocab, dim, panels, rest, wild);
     args.x = pointer<void>(x);
     args.rows = rows;
+    args.k = 1;
     args.ids = pointer<int64_t>(ids);
     args.embeddings = pointer<void>(embeddings);
+    cpu::nearest_search(args);
+  });
+  m.attr("nearest_most") = kNearestMost;
+  m.def("nearest_topk", [](Address x, int64_t rows, Address table, Address bias, bool bf16, bool dot, int64_t vocab, int64_t dim,
+                           Address panels, Address rest, Address wild, int64_t k, Address ids, Address scores) {
+    py::gil_scoped_release release;
+    NearestArgs args = arguments(table, bias, bf16, dot, vocab, dim, panels, rest, wild);
+    args.x = pointer<void>(x);
+    args.rows = rows;
+    args.k = k;
+    args.ids = pointer<int64_t>(ids);
+    args.scores = pointer<double>(scores);
     cpu::nearest_search(args);
   });
 }

@@ -25,8 +25,10 @@ struct NearestArgs {
   bool dot;             // largest x . e + bias instead of smallest |x - e|
   int64_t rows, vocab, dim;
   PackedTable packed;
-  int64_t* ids;         // [rows]
-  void* embeddings;     // [rows, dim] = table[ids]
+  int64_t k;            // how many rows of the table, 1..kNearestMost
+  int64_t* ids;         // [rows, k], best first
+  double* scores;       // [rows, k] or null: minus the squared distance, or the product plus bias; -inf for NaN
+  void* embeddings;     // [rows, dim] = table[ids], or null; only with k = 1
 };
 
 PDS_DISPATCH(nearest_pack, NearestArgs)
@@ -34,5 +36,6 @@ PDS_DISPATCH(nearest_search, NearestArgs)
 
 constexpr int64_t kNearestColumns = 128;   // rows of the table per group
 constexpr int64_t kNearestFeatures = 32;   // dim is padded to a multiple
+constexpr int kNearestMost = 16;
 
 }  // namespace pds

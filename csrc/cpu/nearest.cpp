@@ -135,10 +135,19 @@ struct Candidate {
 struct Row {
   float share;   // eps = share * norm of the group + slack of the group + own
   float own;
-  float lower = -kInfinity;   // the best score is at least this
-  int count = 0;
+  float lower = -kInfinity;   // the k-th best score is at least this
+  int count = 0, known = 0;
   bool everything = false;    // search in float64
   Candidate candidates[kMostCandidates];
+  float lows[kNearestMost];   // for k > 1: the highest lower bounds of different columns so far, highest first
+
+  void raise(float low, int k) {
+    int i = known < k ? known++ : k - 1;
+    if (i == k - 1 && known == k && lower > -kInfinity && low <= lower) return;
+    for (; i > 0 && lows[i - 1] < low; --i) lows[i] = lows[i - 1];
+    lows[i] = low;
+    if (known == k) lower = lows[k - 1];
+  }
 
   void push(int32_t id, float upper) {
     if (count == kMostCandidates) {
@@ -165,6 +174,35 @@ PDS_INLINE void offer(Row& row, const float* scores, int64_t columns, int64_t fi
       if (scores[i] > least) row.push(static_cast<int32_t>(first + i), scores[i] + eps);
   }
 }
+
+// The same for k > 1.
+PDS_INLINE void offer_many(Row& row, const float* scores, int64_t columns, int64_t first, float norm, float slack, int k) {
+  const float eps = row.share * norm + slack + row.own;
+  for (int64_t j = 0; j < columns && !row.everything; j += kWidth) {
+    if (!any_above(load(scores + j), row.lower - eps)) continue;
+    for (int64_t i = j; i < j + kWidth; ++i) {
+      if (!(scores[i] > row.lower - eps)) continue;
+      row.raise(scores[i] - eps, k);
+      row.push(static_cast<int32_t>(first + i), scores[i] + eps);
+    }
+  }
+}
+
+// The k best of what it has been shown, best first, ties to the lowest id.
+struct Ranking {
+  int k, known = 0;
+  double scores[kNearestMost];
+  int64_t ids[kNearestMost];
+
+  void consider(double score, int64_t id) {
+    if (score != score) score = -std::numeric_limits<double>::infinity();
+    const auto before = [&](int i) { return score > scores[i] || (score == scores[i] && id < ids[i]); };
+    if (known == k && !before(k - 1)) return;
+    int i = known < k ? known++ : k - 1;
+    for (; i > 0 && before(i - 1); --i) scores[i] = scores[i - 1], ids[i] = ids[i - 1];
+    scores[i] = score, ids[i] = id;
+  }
+};
 
 template <typename Engine>
 struct Search {
@@ -232,6 +270,22 @@ struct Search {
     return id;
   }
 
+  void decide_many(int64_t r, const Row& row, float* x) const {
+    const int64_t k = args.k;
+    Ranking ranking{static_cast<int>(k)};
+    row_to_float(args.x, args.bf16, r, args.dim, x);
+    const auto consider = [&](int64_t v) { ranking.consider(exact(x, v), v); };
+    if (row.everything) {
+      for (int64_t v = 0; v < args.vocab; ++v) consider(v);
+    } else {
+      for (const Candidate* c = row.candidates; c != row.candidates + row.count; ++c)
+        if (c->upper >= row.lower) consider(c->id);
+      for (int32_t i = 1; i <= args.packed.wild[0]; ++i) consider(args.packed.wild[i]);
+    }
+    std::copy_n(ranking.ids, k, args.ids + r * k);
+    std::copy_n(ranking.scores, k, args.scores + r * k);
+  }
+
   void filter(const Unit* x, int64_t count, Row* rows) const {
     [[maybe_unused]] const typename Engine::Session session;
     alignas(64) float scores[kRows * kNearestColumns];
@@ -244,8 +298,11 @@ struct Search {
         for (int64_t g = begin; g < end; ++g) {
           Engine::product(depth, columns / kPanel, {x + r * depth, depth, 1}, panels + g * columns * depth,
                           depth * kPanel, kPanel, {packed.bias + g * columns, 0}, scores, columns);
-          for (int64_t i = r; i < std::min(r + kRows, count); ++i)
-            offer(rows[i], scores + (i - r) * columns, columns, g * columns, packed.norm[g], packed.slack[g]);
+          for (int64_t i = r; i < std::min(r + kRows, count); ++i) {
+            const float* row = scores + (i - r) * columns;
+            if (args.k == 1) offer(rows[i], row, columns, g * columns, packed.norm[g], packed.slack[g]);
+            else offer_many(rows[i], row, columns, g * columns, packed.norm[g], packed.slack[g], static_cast<int>(args.k));
+          }
         }
       }
     }
@@ -263,6 +320,10 @@ struct Search {
     }
     filter(x.get(), count, rows.get());
     for (int64_t r = first; r < first + count; ++r) {
+      if (args.scores != nullptr) {
+        decide_many(r, rows[r - first], scratch.get());
+        continue;
+      }
       args.ids[r] = decide(r, rows[r - first], scratch.get());
       std::memcpy(static_cast<char*>(args.embeddings) + r * args.dim * size,
                   static_cast<const char*>(args.table) + args.ids[r] * args.dim * size, args.dim * size);

@@ -5,7 +5,8 @@
 // filter:  tiles of 128 rows x 128 columns on the tensor cores; scores stay in registers. A thread has 16 columns of a tile in
 //          each of its rows; of all tiles it keeps the two highest groups of 16 and the bound of the third (NearestSlot).
 // rerank:  a warp per row looks at the groups that remain possible, in float64. Where a thread's third group is possible, too,
-//          the whole table is searched (rare; the block's 8 warps share that).
+//          the whole table is searched (rare; the block's 8 warps share that). For the k best instead of the best, what is
+//          possible is what reaches the k-th highest lower bound; more parts of the table keep the third groups out of it.
 #include "cuda/nearest.h"
 
 #include <algorithm>
@@ -121,11 +122,30 @@ __global__ void __launch_bounds__(kTileThreads, kResident ? 2 : 1) nearest_filte
 
 // --- Decision ---
 
+// The best of the candidates that a warp is shown, the same in all lanes; ties to the lowest id, NaN never wins.
 struct Best {
   double score = -HUGE_VAL;
   int64_t id = 0;
   __device__ __forceinline__ void consider(double candidate, int64_t v) {
     if (candidate > score || (candidate == score && v < id)) score = candidate, id = v;
+  }
+};
+
+// The 32 best, lane j has the j-th; NaN counts as -inf.
+struct Ranking {
+  static constexpr int64_t kNone = INT64_MAX;
+  double score = -HUGE_VAL;
+  int64_t id = kNone;
+  __device__ __forceinline__ void consider(double candidate, int64_t v) {
+    const int lane = threadIdx.x % 32, above = (lane + 31) % 32;
+    if (candidate != candidate) candidate = -HUGE_VAL;
+    const int before = candidate > score || (candidate == score && v < id);
+    const double above_score = __shfl_sync(kWholeWarp, score, above);
+    const int64_t above_id = __shfl_sync(kWholeWarp, id, above);
+    const bool moves_down = __shfl_sync(kWholeWarp, before, above) != 0 && lane > 0;
+    if (before == 0) return;
+    score = moves_down ? above_score : candidate;
+    id = moves_down ? above_id : v;
   }
 };
 
@@ -145,69 +165,113 @@ __device__ __forceinline__ double exact_score(const NearestCudaArgs& a, const T*
 constexpr uint32_t kNoGroup = 0xFFFF;
 
 // The 16 columns of a group: those of lane % 4 = slot % 4 in half a tile.
-template <typename T>
+template <typename T, typename Keep>
 __device__ __forceinline__ void consider_group(const NearestCudaArgs& a, const T* x, uint32_t group, int slot, int lane,
-                                               Best& best) {
+                                               Keep& keep) {
   const int64_t first = static_cast<int64_t>(group) * 64 + 2 * (slot & 3);
   for (int i = 0; i < 16; ++i) {
     const int64_t v = first + 8 * (i / 2) + i % 2;
-    if (v < a.vocab) best.consider(exact_score(a, x, v, lane), v);
+    if (v < a.vocab) keep.consider(exact_score(a, x, v, lane), v);
   }
 }
 
+// The k-th highest of the slots' lower bounds, each of a column of its own: k scores are at least this.
+__device__ __forceinline__ float kth_lower(const NearestSlot* slots, int count, int64_t k, int lane) {
+  float bound = INFINITY;   // the one taken last; after it come lower ones, and equal ones of later slots
+  int at = -1;
+  for (int64_t round = 0; round < k; ++round) {
+    float best = -INFINITY;
+    int where = count;
+    for (int s = lane; s < count; s += 32) {
+      const float value = slots[s].lower;
+      if (value > best && (value < bound || (value == bound && s > at))) best = value, where = s;
+    }
+#pragma unroll
+    for (int mask = 16; mask > 0; mask /= 2) {
+      const float other = __shfl_xor_sync(kWholeWarp, best, mask);
+      const int place = __shfl_xor_sync(kWholeWarp, where, mask);
+      if (other > best || (other == best && place < where)) best = other, where = place;
+    }
+    bound = best, at = where;
+  }
+  return bound;
+}
+
 // What the slots and the wild rows allow; false: the whole table has to be searched.
-template <typename T>
-__device__ __forceinline__ bool decide(const NearestCudaArgs& a, const T* x, int64_t row, int lane, Best& best) {
+template <typename T, typename Keep>
+__device__ __forceinline__ bool decide(const NearestCudaArgs& a, const T* x, int64_t row, int lane, Keep& keep) {
   const int count = static_cast<int>(a.parts) * kNearestSlots;
   const NearestSlot* slots = a.slots + row * count;
-  float lower = -INFINITY;
-  for (int s = lane; s < count; s += 32) lower = fmaxf(lower, slots[s].lower);
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) lower = fmaxf(lower, __shfl_xor_sync(kWholeWarp, lower, mask));
+  const float lower = kth_lower(slots, count, a.k, lane);
   for (int s = 0; s < count; ++s)
     if (slots[s].third >= lower && slots[s].third > -INFINITY) return false;
   for (int s = 0; s < count; ++s) {
     const NearestSlot slot = slots[s];
     const uint32_t first_group = slot.groups & 0xFFFFu, second_group = slot.groups >> 16;
-    if (first_group != kNoGroup && slot.first >= lower) consider_group(a, x, first_group, s, lane, best);
-    if (second_group != kNoGroup && slot.second >= lower) consider_group(a, x, second_group, s, lane, best);
+    if (first_group != kNoGroup && slot.first >= lower) consider_group(a, x, first_group, s, lane, keep);
+    if (second_group != kNoGroup && slot.second >= lower) consider_group(a, x, second_group, s, lane, keep);
   }
-  for (int i = 1; i <= __ldg(a.wild); ++i) best.consider(exact_score(a, x, __ldg(a.wild + i), lane), a.wild[i]);
+  for (int i = 1; i <= __ldg(a.wild); ++i) keep.consider(exact_score(a, x, __ldg(a.wild + i), lane), a.wild[i]);
   return true;
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kRerankRows * 32) nearest_rerank_kernel(const __grid_constant__ NearestCudaArgs a) {
-  PDS_SHARED_MEMORY(shared);
-  Best* bests = reinterpret_cast<Best*>(shared);   // of the warps
-  int* open = reinterpret_cast<int*>(bests + kRerankRows);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kRerankRows, row = first + warp;
+struct Scored {
+  double score;
+  int64_t id;
+};
+
+// The best a.k words of the warp's row, of which a block has kRerankRows. `all` has room for those of its warps, `open` for
+// a word per warp.
+template <typename T, typename Keep>
+__device__ __forceinline__ Keep search_row(const NearestCudaArgs& a, int64_t row, Scored* all, int* open) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, k = static_cast<int>(a.k);
   const T* x = static_cast<const T*>(a.x);
-  Best best;
+  Keep keep;
   bool decided = true;
-  if (row < a.rows && a.margins[2 * row + 1] == a.margins[2 * row + 1])   // a row with NaN stays at 0
-    decided = a.margins[2 * row] < INFINITY && decide(a, x + row * a.dim, row, lane, best);
+  if (row < a.rows && a.margins[2 * row + 1] == a.margins[2 * row + 1])   // a row with NaN stays as it is
+    decided = a.margins[2 * row] < INFINITY && decide(a, x + row * a.dim, row, lane, keep);
   if (lane == 0) open[warp] = !decided;
   __syncthreads();
   for (int r = 0; r < kRerankRows; ++r) {
     if (open[r] == 0) continue;
-    Best part;
+    Keep part;
     for (int64_t v = warp; v < a.vocab; v += kRerankRows)
-      part.consider(exact_score(a, x + (first + r) * a.dim, v, lane), v);
-    if (lane == 0) bests[warp] = part;
+      part.consider(exact_score(a, x + (row - warp + r) * a.dim, v, lane), v);
+    if (lane < k) all[warp * k + lane] = {part.score, part.id};
     __syncthreads();
     if (warp == r) {
-      best = Best();
-      for (int i = 0; i < kRerankRows; ++i) best.consider(bests[i].score, bests[i].id);
+      keep = Keep();
+      for (int i = 0; i < kRerankRows * k; ++i) keep.consider(all[i].score, all[i].id);
     }
     __syncthreads();
   }
+  return keep;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kRerankRows * 32, 4) nearest_rerank_kernel(const __grid_constant__ NearestCudaArgs a) {
+  PDS_SHARED_MEMORY(shared);
+  Scored* all = reinterpret_cast<Scored*>(shared);
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRerankRows + threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  const Best best = search_row<T, Best>(a, row, all, reinterpret_cast<int*>(all + kRerankRows));
   if (row >= a.rows) return;
   if (lane == 0) a.ids[row] = best.id;
   const T* from = static_cast<const T*>(a.table) + best.id * a.dim;
   T* to = static_cast<T*>(a.embeddings) + row * a.dim;
   for (int64_t k = lane; k < a.dim; k += 32) to[k] = from[k];
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kRerankRows * 32, 4) nearest_topk_kernel(const __grid_constant__ NearestCudaArgs a) {
+  PDS_SHARED_MEMORY(shared);
+  Scored* all = reinterpret_cast<Scored*>(shared);
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRerankRows + threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  const Ranking ranking = search_row<T, Ranking>(a, row, all, reinterpret_cast<int*>(all + kRerankRows * a.k));
+  if (row >= a.rows || lane >= a.k) return;
+  a.ids[row * a.k + lane] = ranking.id == Ranking::kNone ? lane : ranking.id;   // none: x has NaN, all scores count as -inf
+  a.scores[row * a.k + lane] = static_cast<float>(ranking.score);
 }
 
 // --- Launches ---
@@ -225,9 +289,10 @@ cudaError_t run(const NearestCudaArgs& args, const Launch& launch, int most_shar
   status = fits ? start(&nearest_filter_kernel<true, 3>, grid, launch, args)
                 : start(&nearest_filter_kernel<false, 2>, grid, launch, args);
   if (status != cudaSuccess) return status;
-  const size_t shared = kRerankRows * (sizeof(Best) + sizeof(int));
-  return start(&nearest_rerank_kernel<T>, Grid{(args.rows + kRerankRows - 1) / kRerankRows, kRerankRows * 32, shared}, launch,
-               args);
+  const size_t shared = kRerankRows * (args.k * sizeof(Scored) + sizeof(int));
+  const Grid rows{(args.rows + kRerankRows - 1) / kRerankRows, kRerankRows * 32, shared};
+  return args.scores != nullptr ? start(&nearest_topk_kernel<T>, rows, launch, args)
+                                : start(&nearest_rerank_kernel<T>, rows, launch, args);
 }
 
 }  // namespace

@@ -33,7 +33,9 @@ struct NearestCudaArgs {
   void* rows16;                   // workspace: bfloat16 [rows, padded]
   float* margins;                 // workspace: [rows, 2]
   NearestSlot* slots;             // workspace: [rows, parts, kNearestSlots]
-  int64_t* ids;                   // [rows]
+  int64_t k;                      // 1..32
+  int64_t* ids;                   // [rows, k], best first
+  float* scores;                  // [rows, k], or null: then k is 1, and
   void* embeddings;               // [rows, dim] = table[ids]
 };
 

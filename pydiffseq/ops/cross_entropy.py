@@ -48,6 +48,19 @@ def linear_cross_entropy(x: Tensor, table: Tensor, bias: Tensor | None, target: 
     return torch.ops.pydiffseq.linear_cross_entropy(x, table, bias, target, label_smoothing, ignore_index)[0]
 
 
+def linear_logsumexp(x: Tensor, table: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Log-sum-exp [M] of ``x @ table.T + bias`` without the [M, V] logits, in float32 (float64 for float64 inputs).
+
+    What turns scores of :func:`pydiffseq.ops.nearest_topk` (``metric="dot"``) into probabilities. Not differentiable;
+    arguments and errors as in :func:`linear_cross_entropy`.
+    """
+    target = x.new_zeros(x.shape[:1], dtype=torch.int64)
+    with torch.no_grad():
+        x, table, bias = autocast(x, table, bias)
+        _check(x, table, bias, target, 0.0)
+        return torch.ops.pydiffseq.linear_cross_entropy(x, table, bias, target, 0.0, -100)[1]
+
+
 def _check(x: Tensor, table: Tensor, bias: Tensor | None, target: Tensor, label_smoothing: float) -> None:
     check_float("x", x)
     if x.dim() != 2:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import NamedTuple
@@ -23,6 +24,9 @@ from pydiffseq.ops._extension import (
 )
 
 library.define("nearest(Tensor x, Tensor table, Tensor? bias, bool dot) -> (Tensor embeddings, Tensor ids)")
+library.define("nearest_topk(Tensor x, Tensor table, Tensor? bias, bool dot, int k) -> (Tensor scores, Tensor ids)")
+
+MOST = 16  # kNearestMost in csrc/common/nearest.h
 
 
 def nearest(x: Tensor, table: Tensor, bias: Tensor | None = None, *, metric: str = "l2") -> tuple[Tensor, Tensor]:
@@ -48,6 +52,38 @@ def nearest(x: Tensor, table: Tensor, bias: Tensor | None = None, *, metric: str
         ValueError: shapes or devices do not fit, the table is empty, the metric is unknown, or l2 is given a bias.
     """
     x, table, bias = autocast_to_widest(x, table, bias)
+    _check(x, table, bias, metric)
+    embeddings, ids = torch.ops.pydiffseq.nearest(x, table, bias, metric == "dot")
+    return ids, embeddings
+
+
+def nearest_topk(x: Tensor, table: Tensor, bias: Tensor | None = None, *, k: int,
+                 metric: str = "l2") -> tuple[Tensor, Tensor]:
+    """The k rows of ``table`` nearest to each vector of x and their scores, best first; as exact as :func:`nearest`.
+
+    The order is that of the float64 scores ``-|x - table[v]|^2`` (``metric="l2"``) or ``x . table[v] + bias[v]``
+    (``"dot"``), ties by id; a score that is NaN counts as minus infinity. The probability of a word among all is
+    ``exp(score - lse)`` with :func:`pydiffseq.ops.linear_logsumexp`.
+
+    Args:
+        x, table, bias, metric: as in :func:`nearest`.
+        k: in 1..min(V, 16).
+
+    Returns:
+        ids int64 [..., k] and scores [..., k], float32 (float64 for float64 inputs), rounded once. Not differentiable.
+
+    Raises:
+        TypeError, ValueError: as :func:`nearest`, and ValueError for k out of range.
+    """
+    x, table, bias = autocast_to_widest(x, table, bias)
+    _check(x, table, bias, metric)
+    if not 1 <= k <= min(MOST, table.shape[0]):
+        raise ValueError(f"k must be in 1..{min(MOST, table.shape[0])} (rows of the table, at most {MOST}), got {k}")
+    scores, ids = torch.ops.pydiffseq.nearest_topk(x, table, bias, metric == "dot", k)
+    return ids, scores
+
+
+def _check(x: Tensor, table: Tensor, bias: Tensor | None, metric: str) -> None:
     check_float("x", x)
     if metric not in ("l2", "dot"):
         raise ValueError(f"metric must be 'l2' or 'dot', got {metric!r}")
@@ -63,8 +99,6 @@ def nearest(x: Tensor, table: Tensor, bias: Tensor | None = None, *, metric: str
     if bias is not None:
         check_shape("bias", bias, (table.shape[0],))
     check_same_device(x=x, table=table, bias=bias)
-    embeddings, ids = torch.ops.pydiffseq.nearest(x, table, bias, metric == "dot")
-    return ids, embeddings
 
 
 class _Packed(NamedTuple):
@@ -131,6 +165,18 @@ def _nearest_cpu(x: Tensor, table: Tensor, bias: Tensor | None, dot: bool) -> tu
     return embeddings, ids
 
 
+def _topk_cpu(x: Tensor, table: Tensor, bias: Tensor | None, dot: bool, k: int) -> tuple[Tensor, Tensor]:
+    if not use_kernel(x, table, bias):
+        return reference.nearest_topk(x, table, bias, dot, k)
+    x, source = x.contiguous(), table.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    ids, scores = (x.new_empty(*x.shape[:-1], k, dtype=dtype) for dtype in (torch.int64, torch.float64))
+    packed = _keep_packed(source, bias, (dot, C.isa()), lambda: _pack_cpu(source, bias, dot))
+    C.nearest_topk(pointer(x), ids.numel() // k, pointer(source), pointer(bias), x.dtype == torch.bfloat16, dot,
+                   *source.shape, *(pointer(tensor) for tensor in packed), k, pointer(ids), pointer(scores))
+    return scores.float(), ids
+
+
 # --- CUDA kernels (csrc/cuda/nearest.cu, whose constants these are) ---
 
 _TILE, _CHUNK, _SLOTS, _SLOT_WORDS, _MOST_TILES = 128, 64, 8, 5, 32767
@@ -187,20 +233,47 @@ def _packed_for_cuda(table: Tensor, bias: Tensor | None, dot: bool) -> tuple[Ten
     return _keep_packed(table, bias, (dot, _cuda.stream(table.device)), lambda: _pack_cuda(table, bias, dot))
 
 
+def _search(x: Tensor, table: Tensor, bias: Tensor | None, dot: bool, parts: int, k: int,
+            out: tuple[Tensor | None, ...]) -> None:
+    """Launch the search for the rows of x [rows, d]; ``out`` = (ids, embeddings, scores)."""
+    packed = _packed_for_cuda(table, bias, dot)
+    padded_rows, features = packed[0].shape
+    workspace = (x.new_empty(x.shape[0], features, dtype=torch.bfloat16), x.new_empty(x.shape[0], 2, dtype=torch.float32),
+                 x.new_empty(x.shape[0], parts, _SLOTS, _SLOT_WORDS, dtype=torch.float32))
+    _cuda.launch(C.nearest_search_cuda, x.device, pointer(x), x.shape[0], pointer(table), pointer(bias), dot, *table.shape,
+                 tuple(map(pointer, packed)), padded_rows // _TILE, features, tuple(map(pointer, workspace)), parts, k,
+                 tuple(map(pointer, out)), _cuda.DTYPES[x.dtype])
+
+
+def _tiles(table: Tensor) -> int:
+    return -(-table.shape[0] // _TILE)
+
+
 def _nearest_kernel(x: Tensor, table: Tensor, bias: Tensor | None, dot: bool) -> tuple[Tensor, Tensor]:
     x, table = x.contiguous(), table.contiguous()
     bias = None if bias is None else bias.contiguous()
     ids, embeddings = x.new_empty(x.shape[:-1], dtype=torch.int64), torch.empty_like(x)
-    packed = _packed_for_cuda(table, bias, dot)
-    rows, (padded_rows, features) = ids.numel(), packed[0].shape
-    tiles = padded_rows // _TILE
-    parts = C.tile_parts_cuda(rows, tiles, x.device.index or 0)
-    workspace = (x.new_empty(rows, features, dtype=torch.bfloat16), x.new_empty(rows, 2, dtype=torch.float32),
-                 x.new_empty(rows, parts, _SLOTS, _SLOT_WORDS, dtype=torch.float32))
-    _cuda.launch(C.nearest_search_cuda, x.device, pointer(x), rows, pointer(table), pointer(bias), dot, *table.shape,
-                 tuple(pointer(t) for t in packed), tiles, features, tuple(pointer(t) for t in workspace), parts,
-                 pointer(ids), pointer(embeddings), _cuda.DTYPES[x.dtype])
+    parts = C.tile_parts_cuda(ids.numel(), _tiles(table), x.device.index or 0)
+    _search(x.view(-1, x.shape[-1]), table, bias, dot, parts, 1, (ids, embeddings, None))
     return embeddings, ids
+
+
+_PARTS_PER_NEIGHBOUR = 4  # a slot keeps two groups: with 32 slots per neighbour a third one of the best is rare
+_SLOTS_AT_ONCE = 1 << 22
+
+
+def _topk_kernel(x: Tensor, table: Tensor, bias: Tensor | None, dot: bool, k: int) -> tuple[Tensor, Tensor]:
+    x, table = x.contiguous(), table.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    ids, scores = (x.new_empty(*x.shape[:-1], k, dtype=dtype) for dtype in (torch.int64, torch.float32))
+    tiles, rows = _tiles(table), ids.numel() // k
+    per_part = max(1, tiles // max(C.tile_parts_cuda(rows, tiles, x.device.index or 0), _PARTS_PER_NEIGHBOUR * k))
+    parts = -(-tiles // per_part)
+    step = max(_TILE, _SLOTS_AT_ONCE // (parts * _SLOTS) // _TILE * _TILE)
+    pieces = (t.view(-1, t.shape[-1]).split(step) for t in (x, ids, scores))
+    for part, part_ids, part_scores in zip(*pieces, strict=True):
+        _search(part, table, bias, dot, parts, k, (part_ids, None, part_scores))
+    return scores, ids
 
 
 def _cuda_cases(device: torch.device):
@@ -212,16 +285,28 @@ def _cuda_cases(device: torch.device):
         table[17], table[33, 5] = table[17] * 1e4, torch.nan
         x, table, bias = x.to(dtype), table.to(dtype), table[:, 0].nan_to_num(0.0).to(dtype)
         for b, dot in ((None, False), (bias, True)):
-            yield ("nearest", lambda a=(x, table, b, dot): _nearest_kernel(*a),
-                   lambda a=(x, table, b, dot): _nearest_reference(*a))
+            yield ("nearest", functools.partial(_nearest_kernel, x, table, b, dot),
+                   functools.partial(_nearest_reference, x, table, b, dot))
+            yield ("nearest_topk", lambda a=(x, table, b, dot, 5): _topk_kernel(*a)[1],
+                   lambda a=(x, table, b, dot, 5): reference.nearest_topk(*a)[1])
 
 
-def _nearest_cuda(x: Tensor, table: Tensor, bias: Tensor | None, dot: bool) -> tuple[Tensor, Tensor]:
-    use = (x.is_cuda and x.dtype in _cuda.DTYPES and table.shape[0] <= _MOST_TILES * _TILE and _cuda.compiled()
-           and _cuda.trusted("nearest", x.device, _cuda_cases))
-    return (_nearest_kernel if use else _nearest_reference)(x, table, bias, dot)
+def _use_cuda(x: Tensor, table: Tensor) -> bool:
+    return (x.is_cuda and x.dtype in _cuda.DTYPES and table.shape[0] <= _MOST_TILES * _TILE and _cuda.compiled()
+            and _cuda.trusted("nearest", x.device, _cuda_cases))
 
 
+def _nearest_cuda(x: Tensor, table: Tensor, *arguments) -> tuple[Tensor, Tensor]:
+    return (_nearest_kernel if _use_cuda(x, table) else _nearest_reference)(x, table, *arguments)
+
+
+def _topk_cuda(x: Tensor, table: Tensor, *arguments) -> tuple[Tensor, Tensor]:
+    return (_topk_kernel if _use_cuda(x, table) else reference.nearest_topk)(x, table, *arguments)
+
+
+library.impl("nearest_topk", _topk_cuda, "CUDA")
+library.impl("nearest_topk", _topk_cpu, "CPU")
+library.impl("nearest_topk", reference.nearest_topk, "CompositeExplicitAutograd")
 library.impl("nearest", _nearest_cpu, "CPU")
 library.impl("nearest", _nearest_cuda, "CUDA")
 library.impl("nearest", _nearest_reference, "CompositeExplicitAutograd")
@@ -230,6 +315,24 @@ library.impl("nearest", _nearest_reference, "CompositeExplicitAutograd")
 @torch.library.register_fake("pydiffseq::nearest", lib=library)
 def _fake(x, table, bias, dot):
     return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.int64)
+
+
+@torch.library.register_fake("pydiffseq::nearest_topk", lib=library)
+def _topk_fake(x, table, bias, dot, k):
+    shape = (*x.shape[:-1], k)
+    return (x.new_empty(shape, dtype=torch.promote_types(x.dtype, torch.float32)),
+            x.new_empty(shape, dtype=torch.int64))
+
+
+def _topk_setup(ctx, inputs, output) -> None:
+    ctx.mark_non_differentiable(*output)
+
+
+def _topk_backward(ctx, _grad_scores, _grad_ids):
+    return None, None, None, None, None
+
+
+torch.library.register_autograd("pydiffseq::nearest_topk", _topk_backward, setup_context=_topk_setup, lib=library)
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -60,20 +60,37 @@ def linear_cross_entropy_backward(
 _DIFFERENCES_AT_ONCE = 1 << 24
 
 
-def nearest(x: Tensor, table: Tensor, bias: Tensor | None = None, dot: bool = False) -> tuple[Tensor, Tensor]:
-    """Float64 scores by definition, minus the squared distance or product plus bias; NaN last, first of the best."""
-    flat, rows = x.reshape(-1, x.shape[-1]).double(), table.double()
-    ids = flat.new_empty(flat.shape[0], dtype=torch.int64)
+def _nearest_scores(x: Tensor, table: Tensor, bias: Tensor | None, dot: bool) -> Iterator[tuple[slice, Tensor]]:
+    """Float64 scores [rows, V] by definition, minus the squared distance or product plus bias, NaN as -inf; by blocks."""
+    rows = table.double()
     step = max(1, _DIFFERENCES_AT_ONCE // (table.shape[0] * (1 if dot else table.shape[1])))
-    for start in range(0, flat.shape[0], step):
+    for start in range(0, x.shape[0], step):
         part = slice(start, start + step)
         if dot:
-            scores = flat[part] @ rows.T + (0.0 if bias is None else bias.double())
+            scores = x[part].double() @ rows.T + (0.0 if bias is None else bias.double())
         else:
-            scores = -(flat[part, None] - rows).square().sum(-1)
-        ids[part] = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).argmax(-1)
+            scores = -(x[part, None].double() - rows).square().sum(-1)
+        yield part, scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+
+
+def nearest(x: Tensor, table: Tensor, bias: Tensor | None = None, dot: bool = False) -> tuple[Tensor, Tensor]:
+    """The first of the best in float64, and its row; see :func:`pydiffseq.ops.nearest`."""
+    flat = x.reshape(-1, x.shape[-1])
+    ids = flat.new_empty(flat.shape[0], dtype=torch.int64)
+    for part, scores in _nearest_scores(flat, table, bias, dot):
+        ids[part] = scores.argmax(-1)
     ids = ids.view(x.shape[:-1])
     return ids, table[ids]
+
+
+def nearest_topk(x: Tensor, table: Tensor, bias: Tensor | None, dot: bool, k: int) -> tuple[Tensor, Tensor]:
+    """Scores and ids [..., k] in float64, best first, ties by id; see :func:`pydiffseq.ops.nearest_topk`."""
+    flat = x.reshape(-1, x.shape[-1])
+    values, ids = flat.new_empty(flat.shape[0], k, dtype=torch.float64), flat.new_empty(flat.shape[0], k, dtype=torch.int64)
+    for part, scores in _nearest_scores(flat, table, bias, dot):
+        ordered, order = scores.sort(stable=True, dim=-1, descending=True)
+        values[part], ids[part] = ordered[:, :k], order[:, :k]
+    return values.view(*x.shape[:-1], k).to(torch.promote_types(x.dtype, torch.float32)), ids.view(*x.shape[:-1], k)
 
 
 # --- timestep_attention ---

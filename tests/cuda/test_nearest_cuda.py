@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from pydiffseq.ops import _cuda, nearest, reference
+from pydiffseq.ops import _cuda, nearest, nearest_topk, reference
 
 pytestmark = pytest.mark.skipif(not (torch.cuda.is_available() and _cuda.compiled()),
                                 reason="needs a GPU and the CUDA kernels")
@@ -79,6 +79,26 @@ def test_near_ties_clusters_and_values_that_the_product_cannot_take():
         values[torch.rand_like(values) < 0.01] = torch.nan
         values[torch.rand_like(values) < 0.01] = torch.inf
     check(x, table, bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, vocab, dim, k", [(0, 9, 4, 2), (1, 1, 1, 1), (7, 41, 16, 5), (129, 127, 64, 16),
+                                                 (300, 30_522, 128, 8), (20_000, 3000, 64, 4)])
+def test_topk_matches_float64(dtype, rows, vocab, dim, k):
+    x, table, bias = points(rows, vocab, dim, dtype)
+    for b, metric in ((None, "l2"), (bias, "dot")):
+        ids, scores = nearest_topk(x, table, b, k=k, metric=metric)
+        want_scores, want = reference.nearest_topk(x, table, b, metric == "dot", k)
+        assert (ids != want).any(-1).sum() <= rows / 1000  # float64's own rounding
+        torch.testing.assert_close(scores, want_scores, rtol=1e-6, atol=1e-6)
+
+
+def test_topk_of_ties_and_nan():
+    x, table, _ = points(200, 3000, 16)
+    table = table[torch.randint(3, (3000,), generator=torch.Generator().manual_seed(1)).cuda()]
+    x[7] = torch.nan
+    ids, _ = nearest_topk(x, table, k=6)
+    assert torch.equal(ids, reference.nearest_topk(x, table, None, False, 6)[1]) and ids[7].tolist() == list(range(6))
 
 
 def test_a_graph_follows_its_inputs_and_the_table():

@@ -34,8 +34,7 @@ def check(x, table, bias=None):
 
 def test_the_self_check_passes(install):
     for name, kernel, oracle in nearest._cuda_cases(CPU):
-        (ours, our_ids), (theirs, their_ids) = kernel(), oracle()
-        assert torch.equal(our_ids, their_ids) and torch.equal(ours, theirs), name
+        assert _cuda._same(kernel(), oracle()), name
 
 
 def test_the_order_of_the_warps_does_not_matter(every_order):
@@ -54,6 +53,40 @@ def test_more_ties_than_slots_go_to_the_lowest_id(install, distinct):
     x, table, bias = points(20, 400, 16)
     pick = torch.randint(distinct, (400,), generator=torch.Generator().manual_seed(1))
     check(x, table[pick], bias[pick])
+
+
+def check_topk(x, table, bias, k):
+    for b, dot in ((None, False), (bias, True)):
+        scores, ids = nearest._topk_kernel(x, table, b, dot, k)
+        want_scores, want = reference.nearest_topk(x, table, b, dot, k)
+        assert torch.equal(ids, want)
+        torch.testing.assert_close(scores, want_scores, rtol=2e-7, atol=0)
+    return ids
+
+
+@pytest.mark.parametrize("rows, vocab, dim, k", [(0, 9, 4, 2), (1, 1, 1, 1), (7, 41, 16, 5), (129, 1300, 33, 8),
+                                                 (5, 140, 200, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_topk_matches_float64(install, rows, vocab, dim, k, dtype):
+    check_topk(*points(rows, vocab, dim, dtype), k)
+
+
+@pytest.mark.parametrize("distinct", [1, 3, 40])
+def test_topk_ties_go_to_the_lowest_ids(every_order, distinct):
+    x, table, bias = points(9, 400, 16)
+    pick = torch.randint(distinct, (400,), generator=torch.Generator().manual_seed(1))
+    check_topk(x, table[pick], bias[pick], 6)
+
+
+def test_topk_of_what_is_not_finite_and_by_pieces(install, monkeypatch):
+    monkeypatch.setattr(nearest, "_SLOTS_AT_ONCE", 1)
+    x, table, bias = points(150, 300, 24)
+    g = torch.Generator().manual_seed(3)
+    for values in (x, table):
+        values[torch.rand(values.shape, generator=g) < 0.01] = torch.nan
+        values[torch.rand(values.shape, generator=g) < 0.01] = torch.inf
+    x[140] = torch.nan
+    assert check_topk(x, table, bias, 8)[140].tolist() == list(range(8))
 
 
 def test_near_ties_and_clusters_far_from_the_origin(install):

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pydiffseq.ops import _extension, nearest, reference
+from pydiffseq.ops import _extension, linear_logsumexp, nearest, nearest_topk, reference
 
 ISAS = ["baseline", "avx2", "avx512", "avx512_bf16", "amx"]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -201,3 +201,90 @@ def test_compile_fullgraph():
 def test_errors(change, error, message):
     with pytest.raises(error, match=message):
         nearest(**{"x": torch.zeros(3, 2), "table": torch.zeros(5, 2), **change})
+
+
+# --- The k best ---
+
+
+def check_topk(x, table, bias, k):
+    """The ids of a stable sort of the float64 scores; others only where float64's own rounding cannot tell them apart."""
+    for metric in ("l2", "dot"):
+        b = bias if metric == "dot" else None
+        ids, values = nearest_topk(x, table, b, k=k, metric=metric)
+        double = (t if t is None else t.double() for t in (x, table, b))
+        want_values, want = reference.nearest_topk(*double, metric == "dot", k)
+        assert ids.shape == values.shape == (*x.shape[:-1], k) and values.dtype == torch.float32
+        differ = (ids != want).any(-1).nonzero()[:, 0]
+        if len(differ):
+            s = scores(x[differ], table, b, metric == "dot")
+            got, best = s.gather(1, ids[differ]), s.gather(1, want[differ])
+            size = x[differ].double().square().sum(-1) + table.double().square().sum(-1).max()
+            assert (best - got).abs().le(1e-14 * size[:, None]).logical_or(best == got).all(), (metric, differ)
+        torch.testing.assert_close(values, want_values.float(), rtol=1e-6, atol=0)
+        assert all(len(set(row)) == k for row in ids.flatten(0, -2).tolist())
+    return ids
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "vocab", "dim", "k"), [(1, 1, 1, 1), (33, 8, 5, 8), (50, 401, 80, 3), (100, 1000, 64, 16),
+                                                          (0, 9, 4, 2), (13, 128, 200, 8)])
+def test_topk_matches_float64(isa, dtype, rows, vocab, dim, k):
+    x, table, bias, g = points(rows, vocab, dim)
+    near = table[torch.randint(vocab, (rows,), generator=g)] + 0.3 * x
+    check_topk(near.to(dtype), table.to(dtype), bias.to(dtype), k)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("distinct", [1, 3, 40])
+def test_topk_ties_go_to_the_lowest_ids(isa, dtype, distinct):
+    x, table, bias, g = points(40, 500, 16)
+    pick = torch.randint(distinct, (500,), generator=g)
+    check_topk(x.to(dtype), table[pick].to(dtype), bias[pick].to(dtype), 5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_topk_of_what_is_not_finite_is_defined(isa, dtype):
+    x, table, bias, g = points(60, 300, 12)
+    for values in (x, table):
+        values[torch.rand(values.shape, generator=g) < 0.02] = torch.nan
+        values[torch.rand(values.shape, generator=g) < 0.02] = torch.inf
+    x[0] = torch.nan
+    ids = check_topk(x.to(dtype), table.to(dtype), bias.to(dtype), 8)
+    assert ids[0].tolist() == list(range(8))
+    few = torch.full_like(table, torch.nan)
+    few[77] = 1.0
+    ids, values = nearest_topk(x[1:2].nan_to_num(0, 0).to(dtype), few.to(dtype), k=3)
+    assert ids.tolist() == [[77, 0, 1]] and values[0, 1:].tolist() == [-torch.inf] * 2
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(0, 30), vocab=st.integers(1, 300), dim=st.integers(1, 70), k=st.integers(1, 16),
+       dtype=st.sampled_from(DTYPES), scale=st.sampled_from([1e-30, 1.0, 1e6]), grid=st.booleans(), seed=st.integers(0, 99))
+def test_topk_of_any_shape(rows, vocab, dim, k, dtype, scale, grid, seed):
+    x, table, bias, _ = points(rows, vocab, dim, seed)
+    if grid:
+        x, table, bias = x.round(), table.round(), bias.round()
+    check_topk((x * scale).to(dtype), (table * scale).to(dtype), bias.to(dtype), min(k, vocab))
+
+
+def test_topk_begins_with_nearest_and_gives_probabilities():
+    x, table, bias, _ = points(30, 200, 16)
+    ids, values = nearest_topk(x.view(5, 6, 16), table, bias, k=4, metric="dot")
+    assert torch.equal(ids[..., 0], nearest(x.view(5, 6, 16), table, bias, metric="dot")[0])
+    probabilities = (values.view(30, 4) - linear_logsumexp(x, table, bias)[:, None]).exp()
+    want = (x @ table.T + bias).softmax(-1).topk(4).values
+    torch.testing.assert_close(probabilities, want, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64, torch.float16])
+def test_topk_opcheck(dtype):
+    x, table, bias, _ = points(5, 6, 4)
+    torch.library.opcheck(torch.ops.pydiffseq.nearest_topk, (
+        x.to(dtype), table.to(dtype).requires_grad_(), bias.to(dtype), True, 3))
+    assert not nearest_topk(x.to(dtype), table.to(dtype).requires_grad_(), k=2)[1].requires_grad
+
+
+@pytest.mark.parametrize("k", [0, 6, 17])
+def test_topk_names_a_bad_k(k):
+    with pytest.raises(ValueError, match=r"k must be in 1..5 \(rows of the table, at most 16\), got"):
+        nearest_topk(torch.zeros(3, 2), torch.zeros(5, 2), k=k)

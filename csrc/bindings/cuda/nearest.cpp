@@ -13,10 +13,11 @@ int64_t parts(int64_t rows, int64_t tiles, int device) {
   return count;
 }
 
-// packed = (rows, bias, norm, slack, centre, wild), workspace = (rows16, margins, slots); see cuda/nearest.h.
+// packed = (rows, bias, norm, slack, centre, wild), workspace = (rows16, margins, slots), out = (ids, embeddings, scores);
+// see cuda/nearest.h.
 void search(Address x, int64_t rows, Address table, Address bias, bool dot, int64_t vocab, int64_t dim,
-            const py::tuple& packed, int64_t tiles, int64_t padded, const py::tuple& workspace, int64_t table_parts, Address ids,
-            Address embeddings, int dtype, Address stream, int device) {
+            const py::tuple& packed, int64_t tiles, int64_t padded, const py::tuple& workspace, int64_t table_parts, int64_t k,
+            const py::tuple& out, int dtype, Address stream, int device) {
   const auto address = [](const py::tuple& from, int i) { return from[i].cast<Address>(); };
   cuda::NearestCudaArgs args{};
   args.x = pointer<void>(x), args.table = pointer<void>(table), args.bias = pointer<void>(bias);
@@ -31,7 +32,9 @@ void search(Address x, int64_t rows, Address table, Address bias, bool dot, int6
   args.rows16 = pointer<void>(address(workspace, 0));
   args.margins = pointer<float>(address(workspace, 1));
   args.slots = pointer<cuda::NearestSlot>(address(workspace, 2));
-  args.ids = pointer<int64_t>(ids), args.embeddings = pointer<void>(embeddings);
+  args.k = k;
+  args.ids = pointer<int64_t>(address(out, 0)), args.embeddings = pointer<void>(address(out, 1));
+  args.scores = pointer<float>(address(out, 2));
   py::gil_scoped_release release;
   check_cuda("nearest", cuda::nearest_search(args, make_launch(dtype, stream, device)));
 }
