@@ -286,6 +286,37 @@ def cross_entropy_cases(device: torch.device, small: bool) -> list[Case]:
     return cases
 
 
+# --- Dropout and GEGLU ---
+
+
+def eager_dropout_add(x: Tensor, residual: Tensor) -> Tensor:
+    return residual + F.dropout(x, 0.1)
+
+
+def eager_geglu(x: Tensor) -> Tensor:
+    a, gate = x.chunk(2, -1)
+    return a * F.gelu(gate)
+
+
+def elementwise_cases(device: torch.device, small: bool) -> list[Case]:
+    cases = []
+    for rows, columns in [(3, 8)] if small else [(6400, 2048), (40000, 2048)]:
+        x, y = (torch.randn(rows, columns, device=device).bfloat16() for _ in range(2))
+        seed, name, moved = torch.tensor([3], device=device), f"{rows} x {columns} bfloat16", 2 * x.numel()
+        compiled = functools.partial(torch.compile, dynamic=False)
+        cases.append(Case("dropout_add", name, {
+            OURS: functools.partial(ops.dropout_add, x, y, 0.1, seed=seed),
+            "eager": functools.partial(eager_dropout_add, x, y),
+            "compile": functools.partial(compiled(eager_dropout_add), x, y)}, 3 * moved))
+        functions = {OURS: ops.geglu, "eager": eager_geglu, "compile": compiled(eager_geglu)}
+        cases.append(Case("geglu forward", name, {
+            key: functools.partial(f, x) for key, f in functions.items()}, 1.5 * moved))
+        grad = y[:, :columns // 2].contiguous()
+        cases.append(Case("geglu forward+backward", name, {
+            key: with_backward(f, (x,), grad) for key, f in functions.items()}, 4 * moved))
+    return cases
+
+
 # --- Report ---
 
 
@@ -347,10 +378,10 @@ def row(case: dict[str, Any], name: str, result: dict[str, Any], ours: float | N
     return "| " + " | ".join(cells) + " |"
 
 
-MAKERS = (attention_cases, nearest_cases, noise_cases, cross_entropy_cases)
+MAKERS = (attention_cases, nearest_cases, noise_cases, cross_entropy_cases, elementwise_cases)
 
 
-FAMILIES = ("noise", "nearest", "cross_entropy", "timestep_attention")
+FAMILIES = ("noise", "dropout", "geglu", "nearest", "cross_entropy", "timestep_attention")
 
 
 def verdict(family: str) -> bool:

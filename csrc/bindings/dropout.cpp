@@ -1,6 +1,4 @@
-#include "common/dropout.h"
-
-#include "bindings/module.h"
+#include "bindings/dropout.h"
 
 namespace py = pybind11;
 
@@ -8,9 +6,7 @@ namespace pds {
 namespace {
 
 void run_dropout(Address x, Address residual, Address out, int64_t n, Address seed, uint32_t threshold, bool bf16) {
-  const float scale = threshold >= kDropoutAll ? 0.f : 65536.f / static_cast<float>(kDropoutAll - threshold);
-  cpu::dropout(DropoutArgs{pointer<const void>(x), pointer<const void>(residual), pointer<void>(out), n,
-                           static_cast<uint64_t>(*pointer<const int64_t>(seed)), threshold, scale, bf16});
+  cpu::dropout(dropout_args(x, residual, out, n, static_cast<uint64_t>(*pointer<const int64_t>(seed)), threshold, bf16));
 }
 
 }  // namespace

@@ -164,14 +164,14 @@ __device__ __forceinline__ double exact_score(const NearestCudaArgs& a, const T*
 
 constexpr uint32_t kNoGroup = 0xFFFF;
 
-// The 16 columns of a group: those of lane % 4 = slot % 4 in half a tile.
+// The 16 columns of a group: those of lane % 4 = slot % 4 in half a tile. Wild rows, whose bias is -inf, are considered once, elsewhere.
 template <typename T, typename Keep>
 __device__ __forceinline__ void consider_group(const NearestCudaArgs& a, const T* x, uint32_t group, int slot, int lane,
                                                Keep& keep) {
   const int64_t first = static_cast<int64_t>(group) * 64 + 2 * (slot & 3);
   for (int i = 0; i < 16; ++i) {
     const int64_t v = first + 8 * (i / 2) + i % 2;
-    if (v < a.vocab) keep.consider(exact_score(a, x, v, lane), v);
+    if (v < a.vocab && __ldg(a.packed_bias + v) > -INFINITY) keep.consider(exact_score(a, x, v, lane), v);
   }
 }
 

@@ -5,88 +5,25 @@
 // row (4 float32 or 8 half-precision elements, one or two Philox blocks). The grid strides over the tokens.
 #include "cuda/noise.h"
 
-#include <algorithm>
-
 #include "common/philox.h"
-#include "cuda/device.cuh"
+#include "cuda/units.cuh"
 
 namespace pds {
 namespace cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kBlocksPerProcessor = 32;   // several waves: enough to even out the tail, few enough to reuse the set-up
-
-// --- Elements ---
-
-template <typename T>
-constexpr int kUnit = 16 / static_cast<int>(sizeof(T));   // elements that a thread takes at once
-
-template <typename T>
-struct alignas(16) Unit {
-  T element[kUnit<T>];
-};
-
-// `whole`: all elements of the unit exist and the address is a multiple of 16.
-template <typename T>
-__device__ __forceinline__ void load_unit(const T* p, int count, bool whole, float x[kUnit<T>]) {
-  if (whole) {
-    const uint4 raw = __ldg(reinterpret_cast<const uint4*>(p));
-    const Unit<T>& unit = reinterpret_cast<const Unit<T>&>(raw);
-#pragma unroll
-    for (int i = 0; i < kUnit<T>; ++i) x[i] = widen(unit.element[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kUnit<T>; ++i) x[i] = i < count ? widen(p[i]) : 0.f;
-  }
-}
-
-template <typename T>
-__device__ __forceinline__ void store_unit(T* p, int count, bool whole, const float x[kUnit<T>]) {
-  Unit<T> unit;
-#pragma unroll
-  for (int i = 0; i < kUnit<T>; ++i) narrow(x[i], unit.element[i]);
-  if (whole) {
-    *reinterpret_cast<Unit<T>*>(p) = unit;
-  } else {
-#pragma unroll
-    for (int i = 0; i < kUnit<T>; ++i) {
-      if (i < count) p[i] = unit.element[i];
-    }
-  }
-}
-
 // --- The walk over tokens and units ---
 
 struct Walk {
-  int64_t tokens, N, d;
-  int64_t stride, stride_sentences, stride_n;   // groups in the grid, = stride_sentences * N + stride_n
-  int lane_bits;                                // a token has 2^lane_bits threads
-  bool aligned;                                 // every row of every tensor starts at a multiple of 16 bytes
+  Loop tokens;    // rows are sentences
+  int64_t d;
+  bool aligned;   // every row of every tensor starts at a multiple of 16 bytes
 };
-
-// Calls body(token, sentence, n) for every token of this thread's group. Divides once, in 32 bits, before the loop.
-template <typename Body>
-__device__ __forceinline__ void for_each_token(const Walk& walk, Body&& body) {
-  const uint32_t first = (blockIdx.x * kThreads + threadIdx.x) >> walk.lane_bits;   // choose_walk keeps it in 32 bits
-  const uint32_t length = static_cast<uint32_t>(min(walk.N, int64_t{0xFFFFFFFF}));
-  int64_t sentence = first / length, n = first % length;
-#pragma unroll 1
-  for (int64_t token = first; token < walk.tokens; token += walk.stride) {
-    body(token, sentence, n);
-    sentence += walk.stride_sentences;
-    n += walk.stride_n;
-    if (n >= walk.N) {
-      n -= walk.N;
-      ++sentence;
-    }
-  }
-}
 
 // Calls body(unit number, first element, count, whole) for every unit of the row that this thread takes.
 template <typename T, typename Body>
 __device__ __forceinline__ void for_each_unit(const Walk& walk, Body&& body) {
-  const int64_t lanes = int64_t{1} << walk.lane_bits;
+  const int64_t lanes = int64_t{1} << walk.tokens.lane_bits;
 #pragma unroll 1
   for (int64_t unit = threadIdx.x & (lanes - 1); unit * kUnit<T> < walk.d; unit += lanes) {
     const int64_t offset = unit * kUnit<T>;
@@ -100,10 +37,6 @@ __device__ __forceinline__ void for_each_unit(const Walk& walk, Body&& body) {
 struct Coordinates {
   uint32_t key0, key1, stream, sentence, candidate, first_block;
 };
-
-__device__ __forceinline__ uint64_t key_of(const NoiseKey& key, const int64_t* device_seed) {
-  return device_seed == nullptr ? key.seed : static_cast<uint64_t>(__ldg(device_seed));
-}
 
 __device__ __forceinline__ Coordinates coordinates(const NoiseKey& key, uint64_t seed, NoiseStream stream,
                                                    int64_t sentence, int64_t n, int64_t d) {
@@ -189,12 +122,12 @@ __device__ __forceinline__ void q_sample_unit(const SampleRow<T>& row, const Noi
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kUnitThreads)
 q_sample_kernel(const __grid_constant__ QSampleArgs args, const int64_t* device_seed,
                 const __grid_constant__ Walk walk) {
-  const uint64_t seed = key_of(args.key, device_seed);
+  const uint64_t seed = key_of(args.key.seed, device_seed);
   const bool embed = args.ids != nullptr;
-  for_each_token(walk, [&](int64_t token, int64_t sentence, int64_t n) {
+  for_each_item(walk.tokens, [&](int64_t token, int64_t sentence, int64_t n) {
     const int64_t t = __ldg(args.t + (args.t_per_token ? token : sentence));
     const int64_t id = embed ? __ldg(args.ids + token) : token;
     SampleRow<T> row;
@@ -219,9 +152,9 @@ q_sample_kernel(const __grid_constant__ QSampleArgs args, const int64_t* device_
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kUnitThreads)
 q_sample_backward_kernel(const __grid_constant__ QSampleBackwardArgs args, const __grid_constant__ Walk walk) {
-  for_each_token(walk, [&](int64_t token, int64_t sentence, int64_t) {
+  for_each_item(walk.tokens, [&](int64_t token, int64_t sentence, int64_t) {
     const int64_t t = __ldg(args.t + (args.t_per_token ? token : sentence));
     const T* grad = static_cast<const T*>(args.grad) + token * args.d;
     T* out = row_of<T>(args.out, token, args.d);
@@ -238,11 +171,11 @@ q_sample_backward_kernel(const __grid_constant__ QSampleBackwardArgs args, const
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kUnitThreads)
 sampler_step_kernel(const __grid_constant__ SamplerStepArgs args, const int64_t* device_seed,
                     const __grid_constant__ Walk walk) {
-  const uint64_t seed = key_of(args.key, device_seed);
-  for_each_token(walk, [&](int64_t token, int64_t sentence, int64_t n) {
+  const uint64_t seed = key_of(args.key.seed, device_seed);
+  for_each_item(walk.tokens, [&](int64_t token, int64_t sentence, int64_t n) {
     const T* x = static_cast<const T*>(args.x) + token * args.d;
     const T* x0_hat = static_cast<const T*>(args.x0_hat) + token * args.d;
     T* out = row_of<T>(args.out, token, args.d);
@@ -265,12 +198,12 @@ sampler_step_kernel(const __grid_constant__ SamplerStepArgs args, const int64_t*
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kUnitThreads)
 normal_kernel(const __grid_constant__ NormalArgs args, const int64_t* device_seed,
               const __grid_constant__ Walk walk) {
-  const uint64_t seed = key_of(args.key, device_seed);
+  const uint64_t seed = key_of(args.key.seed, device_seed);
   const NoiseStream stream = static_cast<NoiseStream>(args.stream);
-  for_each_token(walk, [&](int64_t token, int64_t sentence, int64_t n) {
+  for_each_item(walk.tokens, [&](int64_t token, int64_t sentence, int64_t n) {
     T* out = row_of<T>(args.out, token, args.d);
     const Coordinates at = coordinates(args.key, seed, stream, sentence, n, args.d);
     for_each_unit<T>(walk, [&](uint32_t unit, int64_t offset, int count, bool whole) {
@@ -301,41 +234,20 @@ int choose_lane_bits(int64_t units) {
 Walk choose_walk(int64_t B, int64_t N, int64_t d, int element_size, int processors, uintptr_t addresses,
                  unsigned& blocks) {
   const int unit = 16 / element_size;
-  Walk walk{};
-  walk.tokens = B * N;
-  walk.N = N;
-  walk.d = d;
-  walk.lane_bits = choose_lane_bits((d + unit - 1) / unit);
-  walk.aligned = d % unit == 0 && addresses % 16 == 0;
-  const int64_t groups = kThreads >> walk.lane_bits;   // tokens that a block has in hand
-  const int64_t most = static_cast<int64_t>(processors) * kBlocksPerProcessor;
-  blocks = static_cast<unsigned>(std::min((walk.tokens + groups - 1) / groups, most));
-  walk.stride = blocks * groups;
-  walk.stride_sentences = walk.stride / N;
-  walk.stride_n = walk.stride % N;
-  return walk;
+  const bool aligned = d % unit == 0 && addresses % 16 == 0;
+  return {make_loop(B, N, choose_lane_bits((d + unit - 1) / unit), processors, blocks), d, aligned};
 }
-
-uintptr_t address(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
 
 // Calls run(zero of the element type, walk, grid), which launches, and returns the launch's error.
 // `addresses`: those of all [.., d] tensors, or-ed.
 template <typename Args, typename Run>
 Status start_kernel(const Args& args, const Launch& launch, uintptr_t addresses, Run&& run) {
   if (args.B <= 0 || args.N <= 0 || args.d <= 0) return cudaSuccess;
-  int processors = 0;
-  const cudaError_t status = enter_device(launch.device, processors);
-  if (status != cudaSuccess) return status;
-  const int size = launch.dtype == FloatType::float32 ? 4 : 2;
-  unsigned blocks = 0;
-  const Walk walk = choose_walk(args.B, args.N, args.d, size, processors, addresses, blocks);
-  const Grid grid{blocks, kThreads, 0};
-  switch (launch.dtype) {
-    case FloatType::float32: return run(float{}, walk, grid);
-    case FloatType::bfloat16: return run(__nv_bfloat16{}, walk, grid);
-    case FloatType::float16: return run(__half{}, walk, grid);
-    default: return cudaErrorInvalidValue;
-  }
+  return with_element_type(launch, [&](auto zero, int processors) {
+    unsigned blocks = 0;
+    const Walk walk = choose_walk(args.B, args.N, args.d, sizeof zero, processors, addresses, blocks);
+    return run(zero, walk, Grid{blocks, kUnitThreads, 0});
+  });
 }
 
 }  // namespace

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from pydiffseq.ops import reference
+from pydiffseq.ops import _cuda, reference
 from pydiffseq.ops._extension import (
     C,
     autocast_to_widest,
@@ -105,8 +107,45 @@ def _dropout_add_cpu(x: Tensor, residual: Tensor, p: float, seed: Tensor) -> Ten
     return out
 
 
+# --- CUDA kernels (csrc/cuda/dropout.cu) ---
+
+
+def _kernel(x: Tensor, residual: Tensor | None, p: float, seed: Tensor) -> Tensor:
+    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+    seed, on_device = _cuda.key_arguments(seed, x.device)
+    out = x.new_empty(x.shape)
+    _cuda.launch(C.dropout_cuda, x.device, pointer(x), pointer(residual), pointer(out), x.numel(), pointer(seed),
+                 reference.dropout_threshold(p), _cuda.DTYPES[x.dtype], on_device)
+    return out
+
+
+def _cuda_cases(device: torch.device):
+    """The self-check: every dtype, whole units and a rest, the seed on the host and on the device, limits of p."""
+    seed = torch.tensor([-987654321])
+    for dtype, n, p in ((dtype, n, p) for dtype in _cuda.DTYPES for n in (64, 77) for p in (0.1, 1.0)):
+        x, residual = reference.philox_normal(seed, 2, 1, n, 0, None, 3, dtype, device)[:, 0]
+        for y, key in ((None, seed), (residual, seed.to(device))):
+            yield ("dropout" if y is None else "dropout_add", functools.partial(_kernel, x, y, p, key),
+                   functools.partial(reference.dropout_add, x, y, p, key))
+
+
+def _use_cuda(x: Tensor) -> bool:
+    return (x.is_cuda and x.dtype in _cuda.DTYPES and _cuda.compiled()
+            and _cuda.trusted("dropout", x.device, _cuda_cases))
+
+
+def _dropout_cuda(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    return _dropout_add_cuda(x, None, p, seed)
+
+
+def _dropout_add_cuda(x: Tensor, residual: Tensor | None, p: float, seed: Tensor) -> Tensor:
+    return (_kernel if _use_cuda(x) else reference.dropout_add)(x, residual, p, seed)
+
+
 library.impl("dropout", _dropout_cpu, "CPU")
 library.impl("dropout_add", _dropout_add_cpu, "CPU")
+library.impl("dropout", _dropout_cuda, "CUDA")
+library.impl("dropout_add", _dropout_add_cuda, "CUDA")
 library.impl("dropout", reference.dropout, "CompositeExplicitAutograd")
 library.impl("dropout_add", reference.dropout_add, "CompositeExplicitAutograd")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from pydiffseq.ops import reference
+from pydiffseq.ops import _cuda, reference
 from pydiffseq.ops._extension import C, check_float, library, pointer, use_kernel
 
 library.define("geglu(Tensor x) -> Tensor")
@@ -63,8 +65,52 @@ def _geglu_backward_cpu(grad: Tensor, x: Tensor) -> Tensor:
     return out
 
 
+# --- CUDA kernels (csrc/cuda/geglu.cu) ---
+
+
+def _geglu_kernel(x: Tensor) -> Tensor:
+    x, out = x.contiguous(), _geglu_fake(x)
+    columns = out.shape[-1]
+    _cuda.launch(C.geglu_cuda, x.device, 0, pointer(x), pointer(out), out.numel() // max(1, columns), columns,
+                 _cuda.DTYPES[x.dtype])
+    return out
+
+
+def _geglu_backward_kernel(grad: Tensor, x: Tensor) -> Tensor:
+    grad, x = grad.contiguous(), x.contiguous()
+    out, columns = x.new_empty(x.shape), grad.shape[-1]
+    _cuda.launch(C.geglu_backward_cuda, x.device, pointer(grad), pointer(x), pointer(out), grad.numel() // max(1, columns),
+                 columns, _cuda.DTYPES[x.dtype])
+    return out
+
+
+def _cuda_cases(device: torch.device):
+    """The self-check: every dtype, rows that allow 16-byte accesses and rows that do not."""
+    for dtype, columns in ((dtype, columns) for dtype in _cuda.DTYPES for columns in (48, 37)):
+        x = 3 * reference.philox_normal(torch.tensor([columns]), 1, 5, 3 * columns, 0, None, 3, torch.float32, device)[0]
+        x, grad = x[:, :2 * columns].to(dtype), x[:, 2 * columns:].to(dtype)
+        tolerance = 1e-6 if dtype == torch.float32 else 0.003
+        yield ("geglu", functools.partial(_geglu_kernel, x), functools.partial(reference.geglu, x.double()), tolerance)
+        yield ("geglu_backward", functools.partial(_geglu_backward_kernel, grad, x),
+               functools.partial(reference.geglu_backward, grad.double(), x.double()), tolerance)
+
+
+def _use_cuda(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype in _cuda.DTYPES and _cuda.compiled() and _cuda.trusted("geglu", x.device, _cuda_cases)
+
+
+def _geglu_cuda(x: Tensor) -> Tensor:
+    return (_geglu_kernel if _use_cuda(x) else reference.geglu)(x)
+
+
+def _geglu_backward_cuda(grad: Tensor, x: Tensor) -> Tensor:
+    return (_geglu_backward_kernel if _use_cuda(x) else reference.geglu_backward)(grad, x)
+
+
 library.impl("geglu", _geglu_cpu, "CPU")
 library.impl("geglu_backward", _geglu_backward_cpu, "CPU")
+library.impl("geglu", _geglu_cuda, "CUDA")
+library.impl("geglu_backward", _geglu_backward_cuda, "CUDA")
 library.impl("geglu", reference.geglu, "CompositeExplicitAutograd")
 library.impl("geglu_backward", reference.geglu_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("pydiffseq::geglu", _geglu_fake, lib=library)

@@ -95,7 +95,7 @@ def emulation(load):
 @pytest.fixture
 def install(emulation, monkeypatch):
     """Emulated kernels in the place of ``_C`` for the ops' CUDA functions, which then take CPU tensors."""
-    for name in ("noise", "nearest", "cross_entropy", "timestep_attention"):
+    for name in ("noise", "dropout", "geglu", "nearest", "cross_entropy", "timestep_attention"):
         monkeypatch.setattr(sys.modules[f"pydiffseq.ops.{name}"], "C", emulation)
     monkeypatch.setattr(_cuda, "C", emulation)
     monkeypatch.setattr(_cuda, "launch", lambda kernel, device, *arguments: kernel(*arguments, 0, 0))

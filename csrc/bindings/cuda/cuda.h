@@ -26,12 +26,16 @@ inline void check_cuda(const char* op, cuda::Status status) {
 }
 
 void bind_noise_cuda(pybind11::module_& m);
+void bind_dropout_cuda(pybind11::module_& m);
+void bind_geglu_cuda(pybind11::module_& m);
 void bind_nearest_cuda(pybind11::module_& m);
 void bind_cross_entropy_cuda(pybind11::module_& m);
 void bind_timestep_attention_cuda(pybind11::module_& m);
 
 inline void bind_cuda(pybind11::module_& m) {
   bind_noise_cuda(m);
+  bind_dropout_cuda(m);
+  bind_geglu_cuda(m);
   bind_nearest_cuda(m);
   bind_cross_entropy_cuda(m);
   bind_timestep_attention_cuda(m);

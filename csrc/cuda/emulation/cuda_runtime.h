@@ -46,6 +46,7 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   return pds::emulation::shuffle(value, static_cast<int>(threadIdx.x % 32) ^ mask);
 }
 
+inline float normcdff(float x) { return static_cast<float>(0.5 * std::erfc(-std::sqrt(0.5) * static_cast<double>(x))); }
 inline float __int_as_float(int bits) {
   float x;
   std::memcpy(&x, &bits, sizeof x);
