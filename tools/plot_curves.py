@@ -37,7 +37,13 @@ def main() -> None:
     for (name, points), marker in zip(curves.items(), "osD^vP*", strict=False):
         axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, label=name)
     axes.set(xlabel=options.x.replace("_", " "), ylabel=options.y.replace("_", " "), ylim=(0, None))
-    axes.set(**({"xscale": "log"} if options.log_x else {"xlim": (0, None)}))
+    if options.log_x:
+        places = sorted({x for points in curves.values() for x, _ in points})
+        axes.set_xscale("log")
+        axes.set_xticks(places, [f"{x:g}" for x in places])
+        axes.minorticks_off()
+    else:
+        axes.set_xlim(0, None)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.tight_layout()
