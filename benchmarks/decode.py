@@ -7,7 +7,8 @@ must be installed) its network and its sampling loop in float32, at the same siz
 Transformer of the same width and depth with beam 5, made to write as many tokens for each sentence. ``--real`` takes
 the lengths of the bundled Tatoeba sentences: this project then decodes what a length head would ask for, the official
 code its fixed length.
-Every case runs in a process of its own, so that the peak memory is its own.
+Every case runs in a process of its own, so that the peak memory is its own. ``--device cuda`` measures on a GPU, with and
+without CUDA graphs; its peak memory is what tensors took there.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ SIZES = {
 }
 SOURCE_LENGTH = {"iwslt14": 30, "xsum": 256}
 CONTENDERS = ("pydiffseq float32", "pydiffseq bfloat16", "official float32", "transformer float32")
+GPU_CONTENDERS = ("pydiffseq float16", "pydiffseq bfloat16", "pydiffseq bfloat16 without graphs", "official float32",
+                  "transformer float16", "transformer float32")
 CORPUS = Path(__file__).parent.parent / "examples" / "tatoeba_de_en"
 
 
@@ -84,16 +87,17 @@ def ours(case: dict):
     size = SIZES[case["size"]]
     config = ARDiffusionConfig(source_vocabulary=size["vocabulary"], time_dim=size["latent_dim"],
                                length_policy="predict" if case["real"] else "pad", **size)
-    model = ARDiffusion(config).eval().to(getattr(torch, case["contender"].split()[1]))
+    model = ARDiffusion(config).eval().to(case["device"], getattr(torch, case["contender"].split()[1]))
     if case["real"]:
-        model.length_head = GivenLengths(size["target_length"], size["hidden_dim"]).eval().to(model.embedding.weight.dtype)
+        model.length_head = GivenLengths(size["target_length"], size["hidden_dim"]).eval().to(model.embedding.weight)
     decoder = Decoder(model, DecodeOptions(steps=case["steps"], noise_beam=case["candidates"], step_end="zero",
-                                           final="state", mbr_direction="reference"))
+                                           final="state", mbr_direction="reference",
+                                           graphs="without graphs" not in case["contender"]))
 
     def run(source: Tensor, lengths: Tensor) -> None:
         if case["real"]:
             model.length_head.box[:] = [lengths]
-        decoder(source, torch.arange(len(source)))
+        decoder(source, torch.arange(len(source), device=source.device))
 
     return run
 
@@ -126,6 +130,7 @@ def official(case: dict):
 
         create = importlib.import_module("model_utils.create_model")
         model, diffusion = create.create_model(config, size["vocabulary"]).eval(), create.create_gaussian_diffusion(config)
+        model = model.to(case["device"])
     rounding = importlib.import_module("gen_utils.generate").denoised_fn_round
 
     @torch.no_grad()
@@ -178,6 +183,7 @@ def transformer(case: dict):
     config.max_source_positions = config.max_target_positions = 1024
     task = type("Task", (), {"source_dictionary": words, "target_dictionary": words})()
     model = TransformerModel.build_model.__func__(TransformerModel, config, task).eval()
+    model = model.to(case["device"], getattr(torch, case["contender"].split()[1]))
 
     @torch.no_grad()
     def run(source: Tensor, lengths: Tensor) -> None:
@@ -192,27 +198,36 @@ def transformer(case: dict):
 def measure(case: dict) -> dict:
     torch.manual_seed(0)
     make = {"pydiffseq": ours, "official": official, "transformer": transformer}[case["contender"].split()[0]]
-    data, run = batches(case), make(case)
+    cuda = case["device"] == "cuda"
+    data, run = [[part.to(case["device"]) for part in batch] for batch in batches(case)], make(case)
     run(*[part[:1] for part in data[0]])   # loads the libraries
+    if cuda:
+        for batch in (*data, *data):   # compiles, checks, and records the graphs
+            run(*batch)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
     best, end = float("inf"), time.perf_counter() + case["seconds"]
     while best == float("inf") or time.perf_counter() < end:
         started = time.perf_counter()
         for source, lengths in data:
             run(source, lengths)
+        if cuda:
+            torch.cuda.synchronize()
         best = min(best, time.perf_counter() - started)
     sentences = sum(len(source) for source, _ in data)
-    return {**case, "sentences_per_second": sentences / best, "seconds_per_run": best,
-            "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {**case, "sentences_per_second": sentences / best, "seconds_per_run": best, "peak_mb": peak}
 
 
 def cases(args: argparse.Namespace) -> list[dict]:
     made = []
     for size, batch, candidates, steps in itertools.product(args.sizes, args.batches, args.candidates, args.steps):
-        for contender in args.contenders:
-            if contender.startswith("official") and not args.official:
+        first = (candidates, steps) == (args.candidates[0], args.steps[0])
+        for contender in args.contenders or (CONTENDERS if args.device == "cpu" else GPU_CONTENDERS):
+            if contender.startswith("official") and not args.official or contender.startswith("transformer") and not first:
                 continue
             made.append({"size": size, "batch": batch, "candidates": candidates, "steps": steps, "real": args.real,
-                         "contender": contender, "official": args.official, "seconds": args.seconds})
+                         "contender": contender, "official": args.official, "seconds": args.seconds, "device": args.device})
     return made
 
 
@@ -225,19 +240,24 @@ def in_a_process(case: dict) -> dict | None:
 
 
 def table(results: list[dict]) -> str:
-    """Rows by case; the ratio is sentences per second over those of the official code, and of the Transformer."""
+    """Rows by case; the ratio is sentences per second over those of the official code, and of the Transformer.
+
+    Candidates and steps do not apply to the Transformer, which is measured once for a size and a batch.
+    """
     keys = ("size", "real", "batch", "candidates", "steps")
-    groups: dict[tuple, dict[str, dict]] = {}
-    for result in results:
-        groups.setdefault(tuple(result[key] for key in keys), {})[result["contender"]] = result
+    speeds = {(*(r[key] for key in keys[:3 if r["contender"].startswith("transformer") else 5]), r["contender"]):
+              r["sentences_per_second"] for r in results}
     lines = ["| size | lengths | batch | k | steps | contender | sentences/s | peak MB | x official | x Transformer |",
              "|---|---|---:|---:|---:|---|---:|---:|---:|---:|"]
-    for (size, real, batch, candidates, steps), found in groups.items():
-        for contender, result in found.items():
-            ratios = [f"{result['sentences_per_second'] / found[other]['sentences_per_second']:.2f}"
-                      if other in found and other != contender else "" for other in CONTENDERS[2:]]
-            lines.append(f"| {size} | {'real' if real else 'padded'} | {batch} | {candidates} | {steps} | {contender} | "
-                         f"{result['sentences_per_second']:.2f} | {result['peak_mb']:.0f} | {ratios[0]} | {ratios[1]} |")
+    for r in results:
+        key, own = tuple(r[key] for key in keys), r["sentences_per_second"]
+        others = [speeds.get((*key, "official float32")), speeds.get((*key[:3], "transformer float32"))]
+        if not r["contender"].startswith("pydiffseq"):
+            others = [None, None]
+        ratios = ["" if other is None else f"{own / other:.2f}" for other in others]
+        k, steps = ("", "") if r["contender"].startswith("transformer") else (r["candidates"], r["steps"])
+        lines.append(f"| {r['size']} | {'real' if r['real'] else 'padded'} | {r['batch']} | {k} | {steps} | {r['contender']} | "
+                     f"{own:.2f} | {r['peak_mb']:.0f} | {ratios[0]} | {ratios[1]} |")
     return "\n".join(lines)
 
 
@@ -247,7 +267,8 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument("--candidates", nargs="+", type=int, default=[1, 10, 50], metavar="K")
     parser.add_argument("--steps", nargs="+", type=int, default=[2, 3, 20])
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--contenders", nargs="+", choices=sorted({*CONTENDERS, *GPU_CONTENDERS}))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--real", action="store_true", help="lengths of the bundled sentences instead of full ones")
     parser.add_argument("--official", help="folder AR-diffusion of a checkout of the official code")
     parser.add_argument("--seconds", type=float, default=0.0, help="repeat each case for so long; the best run counts")

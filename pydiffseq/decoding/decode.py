@@ -9,9 +9,20 @@ import torch
 from torch import Tensor
 
 from pydiffseq.decoding.candidates import ENOUGH_TOKENS, Piece, candidate_lengths, split_candidates
+from pydiffseq.decoding.graph import (
+    MOST_STEPS,
+    SOURCE_UNIT,
+    WIDTH_UNIT,
+    CudaRecorder,
+    Recorder,
+    Replayer,
+    bucket,
+    round_up,
+)
+from pydiffseq.decoding.loop import Loop
 from pydiffseq.decoding.mbr import MBR_DIRECTIONS, SMOOTHINGS, TOKEN_METRICS, mbr_order
 from pydiffseq.decoding.model import DenoisingNetwork
-from pydiffseq.decoding.run import denoise_candidates
+from pydiffseq.decoding.run import Plans, denoise_candidates
 from pydiffseq.diffusion import SOLVERS, SPACINGS
 from pydiffseq.diffusion.steps import ENDS
 from pydiffseq.nn.freeze import freeze
@@ -53,6 +64,8 @@ class DecodeOptions:
             split, which changes no output. It bounds the memory: about 100 x ``hidden_dim`` bytes a token.
         seed: key of the noise; with a sentence's id and the candidate number it fixes the output.
         history: keep every step's tokens.
+        graphs: on CUDA, replay the loop from a graph for each (batch bucket, length bucket); not with ``patience``, whose
+            steps are decided on the host, nor for more than 100 steps.
 
     Raises:
         ValueError: an unknown choice, a count below 1, or patience with ``final='state'`` or with ``absorb_rate``.
@@ -78,6 +91,7 @@ class DecodeOptions:
     candidate_tokens: int = 16384
     seed: int = 1
     history: bool = False
+    graphs: bool = True
 
     def __post_init__(self) -> None:
         choices = {"step_list": STEP_LISTS, "solver": tuple(SOLVERS), "rounding": ROUNDINGS, "step_end": ENDS,
@@ -128,6 +142,7 @@ class Decoder:
 
     Args:
         model: a network in evaluation mode. After a change of its weights make a new decoder.
+        record: how the loop is recorded (see :mod:`pydiffseq.decoding.graph`); by default CUDA graphs, on a CPU nothing.
 
     Attributes:
         steps_planned, steps_run: denoising steps of all candidates so far, by the step lists and after early stops.
@@ -137,7 +152,7 @@ class Decoder:
             given for a network without an absorbing state.
     """
 
-    def __init__(self, model: DenoisingNetwork, options: DecodeOptions) -> None:
+    def __init__(self, model: DenoisingNetwork, options: DecodeOptions, record: Recorder | None = None) -> None:
         if model.training:
             raise ValueError("decoding needs a model in evaluation mode (model.eval()), got one in training mode")
         most = model.config.diffusion_steps
@@ -153,12 +168,22 @@ class Decoder:
         self.model = cast(DenoisingNetwork, freeze(cast(torch.nn.Module, model)))
         self.table = self.model.embedding.table()
         self.steps_planned = self.steps_run = 0
+        if record is None and self.table.is_cuda:
+            record = CudaRecorder()
+        calls = options.steps if options.visited is None else len(options.visited)
+        self.replayer = None
+        if record is not None and options.graphs and not options.patience and calls <= MOST_STEPS:
+            self.replayer = Replayer(lambda inputs: Loop(self.model, options, self.table, inputs).run(), record)
+        self.plans = Plans(self.model, options, all_lengths=self.replayer is not None)
 
     @torch.no_grad()
     def __call__(self, src_tokens: Tensor, ids: Tensor) -> list[list[Hypothesis]]:
         """Translate a batch; see :func:`decode`."""
         if not len(src_tokens):
             return []
+        if self.replayer is not None:
+            missing = round_up(src_tokens.size(1), SOURCE_UNIT) - src_tokens.size(1)
+            src_tokens = torch.nn.functional.pad(src_tokens, (0, missing), value=self.model.config.pad)
         encoded = self.model.encode(src_tokens)
         lengths = candidate_lengths(self.model, encoded, self.options.length_beam, self.options.noise_beam)
         lengths_or_0 = lengths.masked_fill(self._without_words(src_tokens)[:, None], 0)
@@ -171,21 +196,40 @@ class Decoder:
     def _denoise(self, piece: Piece, encoded: Any, lengths: Tensor, ids: Tensor, lengths_or_0: Tensor,
                  groups: list[list[Hypothesis]]) -> None:
         """Append the hypotheses of ``piece`` to the groups of their sentences."""
+        owners = [sentence for sentence in piece.sentences for _ in piece.candidates]
+        if self.replayer is not None:
+            piece = self._rounded_up(piece)
         sentences = torch.tensor(piece.sentences, device=lengths.device)
         chosen = slice(piece.candidates.start, piece.candidates.stop)
         candidates = torch.arange(chosen.start, chosen.stop, device=lengths.device)
         rows = (candidates << 32) | ids[sentences, None]
-        part = encoded if len(sentences) == len(lengths) else encoded.select(sentences)
-        result = denoise_candidates(self.model, self.options, self.table, part, lengths[sentences, chosen].flatten(),
-                                    piece.width, rows.flatten())
-        self.steps_planned, self.steps_run = self.steps_planned + result.planned, self.steps_run + result.made
+        part = encoded if piece.sentences == list(range(len(lengths))) else encoded.select(sentences)
+        result = denoise_candidates(self.model, self.options, self.table, self.plans, part,
+                                    lengths[sentences, chosen].flatten(), piece.width, rows.flatten(), self.replayer)
+        planned = result.planned * len(owners)
+        self.steps_planned += planned
+        self.steps_run += result.made if self.options.patience else planned
+        sentences = sentences[: len(owners) // len(candidates)]
         kept = lengths_or_0[sentences, chosen].flatten()
-        tokens, scores, words = result.tokens, result.scores, self._words(result.tokens, kept)
-        past = [(step, self._words(step, kept)) for step in result.history]
-        owners = [sentence for sentence in piece.sentences for _ in piece.candidates]
-        for row, (owner, count) in enumerate(zip(owners, result.steps.tolist(), strict=True)):
+        tokens, scores = result.tokens[: len(owners)], result.scores[: len(owners)]
+        words = self._words(tokens, kept)
+        past = [(step, self._words(step[: len(owners)], kept)) for step in result.history]
+        for row, (owner, count) in enumerate(zip(owners, result.steps.tolist(), strict=False)):
             history = [step[row][keep[row]] for step, keep in past[:count]]
             groups[owner].append(Hypothesis(tokens[row][words[row]], scores[row][words[row]], 0.0, count, history))
+
+    def _rounded_up(self, piece: Piece) -> Piece:
+        """A piece of a size that comes again: its first sentence several times, a little more width.
+
+        Not beyond ``candidate_tokens``, nor beyond what the length head can ask for; lengths that it does not predict stay.
+        """
+        width, count = piece.width, len(piece.sentences)
+        if self.model.length_head is not None:
+            width = min(round_up(width, WIDTH_UNIT), self.model.length_head.max_length)
+        more = bucket(count)
+        if more * len(piece.candidates) * width > self.options.candidate_tokens:
+            more = count
+        return Piece(piece.sentences + piece.sentences[:1] * (more - count), piece.candidates, width)
 
     def _words(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Where the words of rows ``[M, N]`` are, bool: within the length, before the first ``</s>``, no other special."""

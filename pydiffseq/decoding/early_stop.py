@@ -32,7 +32,7 @@ class EarlyStopLoop(Loop):
         self.encoded, self.callback = encoded, self._leave
         lengths, width = self.inputs.lengths, self.inputs.plan.factors.size(-1)
         self.made = 0
-        self.steps = torch.full_like(lengths, len(self.inputs.plan))
+        self.steps = torch.full_like(lengths, self.inputs.plan.transitions)
         self.tokens = lengths.new_empty(len(lengths), width)
         self.vectors = self.table.new_empty(len(lengths), width, self.table.size(1))
         # Of the rows in the batch: which they are, their tokens, for how many steps those have stayed, if they are done.

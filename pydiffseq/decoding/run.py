@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pydiffseq.decoding.early_stop import EarlyStopLoop
+from pydiffseq.decoding.graph import Replayer
 from pydiffseq.decoding.loop import Inputs, Loop
 from pydiffseq.decoding.model import DenoisingNetwork
 from pydiffseq.diffusion import (
     RECIPES,
+    Plan,
     StepList,
     check_visited,
     sentence_steps,
@@ -27,6 +30,10 @@ if TYPE_CHECKING:
     from pydiffseq.decoding.decode import DecodeOptions
 
 
+MOST_ENTRIES = 1 << 20   # calls x lengths x positions of a plan for all lengths
+MOST_PLANS = 8
+
+
 class Result(NamedTuple):
     """What became of M candidates."""
 
@@ -34,48 +41,72 @@ class Result(NamedTuple):
     scores: Tensor    # float32 [M, N]: their log probabilities
     steps: Tensor     # int64 [M]: network calls
     history: list[Tensor]   # the tokens of each step, int64 [M, N], if wanted
-    planned: int      # denoising steps of all candidates, by the step list
-    made: int         # and in fact
+    planned: int      # denoising steps of a candidate, by the step list
+    made: int         # denoising steps of all candidates
 
 
-def denoise_candidates(model: DenoisingNetwork, options: DecodeOptions, table: Tensor, encoded: Any, lengths: Tensor,
-                       width: int, rows: Tensor) -> Result:
+class Plans:
+    """A solver's plans for candidates of some lengths.
+
+    Args:
+        all_lengths: make them for all lengths up to a width, so that all batches of a width have one, which is kept.
+    """
+
+    def __init__(self, model: DenoisingNetwork, options: DecodeOptions, all_lengths: bool) -> None:
+        self.model, self.options, self.all_lengths = model, options, all_lengths
+        self._kept: OrderedDict[int, Plan] = OrderedDict()
+
+    def of(self, lengths: Tensor, width: int) -> tuple[Plan, Tensor]:
+        """The plan, and int64 ``[M]`` the row of it that a candidate follows."""
+        calls = self.options.steps if self.options.visited is None else len(self.options.visited)
+        if self.all_lengths and calls * width**2 <= MOST_ENTRIES and calls <= self.model.config.diffusion_steps:
+            if width not in self._kept:
+                self._kept[width] = self._make(torch.arange(1, width + 1, device=lengths.device), width)
+                if len(self._kept) > MOST_PLANS:
+                    self._kept.popitem(last=False)
+            plan, members = self._kept[width], lengths - 1
+        else:
+            distinct, members = lengths.unique(return_inverse=True)
+            plan = self._make(distinct, width)
+        return plan, members if plan.factors.size(2) > 1 else torch.zeros_like(members)
+
+    def _make(self, distinct: Tensor, width: int) -> Plan:
+        steps = step_list(self.model, self.options, distinct, width)
+        return tabulate(RECIPES[self.options.solver], steps, self.model.schedule, len(distinct), width, distinct.device)
+
+
+def denoise_candidates(model: DenoisingNetwork, options: DecodeOptions, table: Tensor, plans: Plans, encoded: Any,
+                       lengths: Tensor, width: int, rows: Tensor, replayer: Replayer | None = None) -> Result:
     """Denoise the M candidates of B sentences.
 
     Args:
         model: a frozen network.
         table: its token table ``[V, d]``.
+        plans: of this model and these options.
         encoded: of the B sentences; candidates of a sentence are consecutive.
         lengths, rows: int64 ``[M]``: target lengths, at most ``width``, and coordinates of the noise.
+        replayer: runs the loop from recordings; early stops do without.
     """
-    inputs = make_inputs(model, options, encoded, lengths, width, rows)
-    loop, planned = Loop(model, options, table, inputs), len(rows) * len(inputs.plan)
+    plan, members = plans.of(lengths, width)
+    mask = None
+    if model.length_head is not None:
+        mask = torch.arange(width, device=lengths.device) < lengths[:, None]
+    prepared = model.prepare(encoded, mask, lengths, width)
+    inputs = Inputs(prepared, plan, members, rows, lengths, mask, Packing.of(mask))
+    loop = Loop(model, options, table, inputs)
     if options.patience:
         stopping = EarlyStopLoop(model, options, table, inputs, encoded=encoded)
         stopping.run()
         scores = loop.scores(stopping.vectors, stopping.tokens)
-        return Result(stopping.tokens, scores, stopping.steps, stopping.history, planned, stopping.made)
-    outcome = loop.run()
+        return Result(stopping.tokens, scores, stopping.steps, stopping.history, plan.transitions, stopping.made)
+    outcome = loop.run() if replayer is None else replayer(inputs)
     if options.final == "state":
         vectors = outcome.state if loop.shift is None else outcome.state + loop.shift
         tokens = loop.likeliest(vectors)
     else:
         vectors, tokens = outcome.unrounded, loop.likeliest(outcome.prediction)
-    steps = torch.full_like(lengths, len(inputs.plan))
-    return Result(tokens, loop.scores(vectors, tokens), steps, outcome.history, planned, planned)
-
-
-def make_inputs(model: DenoisingNetwork, options: DecodeOptions, encoded: Any, lengths: Tensor, width: int,
-                rows: Tensor) -> Inputs:
-    """The constants of the loop; see :func:`denoise_candidates`."""
-    distinct, members = lengths.unique(return_inverse=True)
-    steps = step_list(model, options, distinct, width)
-    plan = tabulate(RECIPES[options.solver], steps, model.schedule, len(distinct), width, lengths.device)
-    mask = None
-    if model.length_head is not None:
-        mask = torch.arange(width, device=lengths.device) < lengths[:, None]
-    members = members if plan.factors.size(2) > 1 else torch.zeros_like(members)
-    return Inputs(model.prepare(encoded, mask, lengths, width), plan, members, rows, lengths, mask, Packing.of(mask))
+    return Result(tokens, loop.scores(vectors, tokens), torch.full_like(lengths, plan.transitions), outcome.history,
+                  plan.transitions, plan.transitions * len(rows))
 
 
 def step_list(model: DenoisingNetwork, options: DecodeOptions, lengths: Tensor, width: int) -> StepList:

@@ -36,7 +36,7 @@ def absorbing_update(rate: float, vector: Tensor | float, update: Update) -> Upd
         moved = update(x, x0_hat, a, b, c, seed=seed, step=step, rows=rows)
         here = torch.arange(len(x), device=x.device) if rows is None else rows
         gone = token_uniform(seed, here, x.size(1), step=step + 1) < rate * c
-        return torch.where(gone[..., None], torch.as_tensor(vector, dtype=moved.dtype, device=x.device), moved)
+        return torch.where(gone[..., None], vector, moved).to(moved.dtype)
 
     return absorb
 

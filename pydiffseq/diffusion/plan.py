@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -46,8 +46,7 @@ class Recipe:
     refeed: bool = False   # the update starts from x0_hat and not from x_t
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """The tables of G transitions for R rows of N tokens; R is 1 where all rows have the same.
 
     Attributes:
@@ -64,7 +63,8 @@ class Plan:
     extrapolated: range
     refeed: bool
 
-    def __len__(self) -> int:
+    @property
+    def transitions(self) -> int:
         return len(self.told)
 
 
@@ -157,7 +157,7 @@ def follow(plan: Plan, denoise: Denoise, x: Tensor, *, members: Tensor | None = 
     """
     update = update or _sampler_step
     x0_hat = before = x
-    for i in range(len(plan)):
+    for i in range(plan.transitions):
         told = _rows_of(plan.told[i], members, 0)
         a, b, c = _rows_of(plan.factors[i], members, 1).expand(3, *x.shape[:2]).unbind()
         before, x0_hat = x0_hat, denoise(x, told.expand(x.shape[: told.dim()])).to(x.dtype)

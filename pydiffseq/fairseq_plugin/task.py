@@ -75,6 +75,8 @@ class DiffusionSeq2SeqConfig(TranslationConfig):
     candidate_tokens: int = field(default=DEFAULTS.candidate_tokens, metadata={
         "help": "most target tokens that are denoised at once, all candidates and padding included; bounds the memory and "
                 "changes no output"})
+    no_cuda_graphs: bool = field(default=False, metadata={
+        "help": "on a GPU, run the denoising loop step by step, not from one CUDA graph for each batch and length bucket"})
     decode_seed: int = field(default=DEFAULTS.seed, metadata={"help": "seed of the decoding noise"})
 
 
@@ -161,6 +163,7 @@ class DiffusionSeq2SeqTask(TranslationTask):
                 final=str(value("final")), mbr_metric=str(value("mbr_metric")),
                 mbr_smoothing=str(value("mbr_smoothing")), mbr_direction=str(value("mbr_direction")),
                 candidate_tokens=value("candidate_tokens"), seed=value("decode_seed"),
+                graphs=not value("no_cuda_graphs"),
                 history=bool(getattr(args, "retain_iter_history", False)))
         candidates = options.length_beam * options.noise_beam
         if getattr(args, "nbest", 1) > candidates:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -226,10 +227,42 @@ def _pack_cuda(table: Tensor, bias: Tensor | None, dot: bool) -> tuple[Tensor, .
     return packed, added.float().masked_fill(missing, -torch.inf), norm.float(), slack.float(), centre, ids
 
 
+_alive: list[tuple[Tensor, ...]] | None = None   # packs that the graph being recorded reads
+
+
+@contextlib.contextmanager
+def keeping_packs() -> Iterator[list[tuple[Tensor, ...]]]:
+    """While a CUDA graph is recorded, use the packs that exist; they must live, in the list given, as long as the graph.
+
+    Recording begins with a wait for the device, so packs made on any stream are ready.
+    """
+    global _alive
+    before, _alive = _alive, []
+    try:
+        yield _alive
+    finally:
+        _alive = before
+
+
+def _existing_pack(table: Tensor, bias: Tensor | None, dot: bool) -> tuple[Tensor, ...] | None:
+    """A pack of the table as it is now, whatever the stream, or ``None``."""
+    sources = [table] if bias is None else [table, bias]
+    wanted = table.dtype, table.shape, dot, *(t.data_ptr() for t in sources)
+    for (dtype, shape, made_for_dot, _, *pointers), packed in _packed_tables.items():
+        fresh = packed.versions == _versions(sources) and not any(s.expired() for s in packed.storages)
+        if (dtype, shape, made_for_dot, *pointers) == wanted and fresh:
+            return packed.tensors
+    return None
+
+
 def _packed_for_cuda(table: Tensor, bias: Tensor | None, dot: bool) -> tuple[Tensor, ...]:
-    """Kept per stream, on which later calls find it ready; not kept where a CUDA graph is recorded, which packs anew."""
+    """Kept per stream, on which later calls find it ready; a CUDA graph packs anew, but within :func:`keeping_packs`."""
     if _cuda.capturing(table.device):
-        return _pack_cuda(table, bias, dot)
+        existing = None if _alive is None else _existing_pack(table, bias, dot)
+        if _alive is None or existing is None:
+            return _pack_cuda(table, bias, dot)
+        _alive.append(existing)
+        return existing
     return _keep_packed(table, bias, (dot, _cuda.stream(table.device)), lambda: _pack_cuda(table, bias, dot))
 
 

@@ -128,7 +128,8 @@ def _dropout_factors(p: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor
 def _tau_by_token(tau: Tensor | None, timesteps: Tensor | None) -> Tensor | None:
     if tau is None or timesteps is None:
         return tau
-    if timesteps.numel() and not 0 <= int(timesteps.min()) <= int(timesteps.max()) < tau.shape[0]:
+    read = timesteps.device.type == "cpu" and timesteps.numel()   # elsewhere it would wait for the device
+    if read and not 0 <= int(timesteps.min()) <= int(timesteps.max()) < tau.shape[0]:
         raise ValueError(f"timesteps must be in 0..{tau.shape[0] - 1} (rows of tau), got "
                          f"{int(timesteps.min())}..{int(timesteps.max())}")
     return tau[timesteps]

@@ -91,7 +91,7 @@ def absorbing_model(**changes) -> DiffuSeq:
     torch.manual_seed(3)
     return DiffuSeq(DiffuSeqConfig(
         vocabulary=31, latent_dim=8, time_dim=8, hidden_dim=16, ffn_dim=24, heads=2, encoder_layers=1,
-        sequence_length=16, positions=20, soft_absorb=True, **changes)).eval()
+        sequence_length=16, positions=20, **{"soft_absorb": True, **changes})).eval()
 
 
 def test_the_network_starts_from_noise_around_the_absorbing_vector(monkeypatch):
