@@ -256,8 +256,9 @@ def table(results: list[dict]) -> str:
             others = [None, None]
         ratios = ["" if other is None else f"{own / other:.2f}" for other in others]
         k, steps = ("", "") if r["contender"].startswith("transformer") else (r["candidates"], r["steps"])
-        lines.append(f"| {r['size']} | {'real' if r['real'] else 'padded'} | {r['batch']} | {k} | {steps} | {r['contender']} | "
-                     f"{own:.2f} | {r['peak_mb']:.0f} | {ratios[0]} | {ratios[1]} |")
+        lengths = "real" if r["real"] else "padded"
+        lines.append(f"| {r['size']} | {lengths} | {r['batch']} | {k} | {steps} | {r['contender']} | {own:.2f} "
+                     f" | {r['peak_mb']:.0f} | {ratios[0]} | {ratios[1]} |")
     return "\n".join(lines)
 
 
