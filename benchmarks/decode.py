@@ -258,7 +258,7 @@ def table(results: list[dict]) -> str:
         k, steps = ("", "") if r["contender"].startswith("transformer") else (r["candidates"], r["steps"])
         lengths = "real" if r["real"] else "padded"
         lines.append(f"| {r['size']} | {lengths} | {r['batch']} | {k} | {steps} | {r['contender']} | {own:.2f} "
-                     f" | {r['peak_mb']:.0f} | {ratios[0]} | {ratios[1]} |")
+                     f"| {r['peak_mb']:.0f} | {ratios[0]} | {ratios[1]} |")
     return "\n".join(lines)
 
 
