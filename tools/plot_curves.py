@@ -36,7 +36,8 @@ def main() -> None:
     curves = read_curves(options.csv, options.x, options.y)
     for (name, points), marker in zip(curves.items(), "osD^vP*", strict=False):
         axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, label=name)
-    axes.set(xlabel=options.x.replace("_", " "), ylabel=options.y.replace("_", " "), ylim=(0, None))
+    highest = max(y for points in curves.values() for _, y in points)
+    axes.set(xlabel=options.x.replace("_", " "), ylabel=options.y.replace("_", " "), ylim=(0, 1.08 * highest))
     if options.log_x:
         places = sorted({x for points in curves.values() for x, _ in points})
         axes.set_xscale("log")

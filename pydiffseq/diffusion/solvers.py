@@ -189,7 +189,8 @@ def dpmpp2m_refeed(denoise: Denoise, x: Tensor, steps: Iterable[tuple[Time, Time
     """:func:`dpmpp2m` as DiffuSeq-v2's code runs it: each update starts from x0_hat in place of the state.
 
     So the state's noise is thrown away, and chance enters through the first prediction alone. Published few-step numbers
-    of DiffuSeq-v2 come from this.
+    of DiffuSeq-v2 come from this. Not taken over: its visited times lie between the timesteps of training, and it tells
+    the network one timestep more than the state's.
     """
     return _solve(RECIPES["dpmpp2m_refeed"], denoise, x, steps, schedule, seed, rows, update, callback)
 
