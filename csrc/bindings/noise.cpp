@@ -19,12 +19,14 @@ NoiseKey make_key(Address seed, Address rows, uint32_t step) {
 
 // Returns (token with a bad t or -1, token with a bad id or -1).
 std::pair<int64_t, int64_t> run_q_sample(Address source, Address ids, Address t, Address signal, Address sigma,
-                                         Address mask, Address x0, Address x_t, Address eps, Address seed, Address rows,
-                                         uint32_t step, int64_t B, int64_t N, int64_t d, int64_t T, int64_t V,
+                                         Address mask, Address absorbing, Address gone, Address x0, Address x_t,
+                                         Address eps, Address seed, Address rows, uint32_t step, int64_t B, int64_t N,
+                                         int64_t d, int64_t T, int64_t V,
                                          float sigma0, bool t_per_token, bool bf16) {
   int64_t bad_t = -1, bad_id = -1;
   cpu::q_sample(QSampleArgs{pointer<const void>(source), pointer<const int64_t>(ids), pointer<const int64_t>(t),
                             pointer<const float>(signal), pointer<const float>(sigma), pointer<const uint8_t>(mask),
+                            pointer<const void>(absorbing), pointer<const uint8_t>(gone),
                             pointer<void>(x0), pointer<void>(x_t), pointer<void>(eps), &bad_t, &bad_id,
                             make_key(seed, rows, step), B, N, d, T, V, sigma0, t_per_token, bf16});
   return {bad_t, bad_id};
@@ -47,10 +49,10 @@ void run_embed_backward(Address grad_x0, Address grad_x_t, Address ids, Address 
 }
 
 void run_sampler_step(Address x, Address x0_hat, Address a, Address b, Address c, Address out, Address seed,
-                      Address rows, uint32_t step, int64_t B, int64_t N, int64_t d, bool bf16) {
+                      Address rows, uint32_t step, int64_t B, int64_t N, int64_t d, float limit, bool bf16) {
   cpu::sampler_step(SamplerStepArgs{pointer<const void>(x), pointer<const void>(x0_hat), pointer<const float>(a),
                                     pointer<const float>(b), pointer<const float>(c), pointer<void>(out),
-                                    make_key(seed, rows, step), B, N, d, bf16});
+                                    make_key(seed, rows, step), B, N, d, limit, bf16});
 }
 
 void run_philox_normal(Address out, Address seed, Address rows, uint32_t step, uint32_t stream, int64_t B, int64_t N,

@@ -14,7 +14,8 @@ struct NoiseKey {
   uint32_t step;
 };
 
-// x_t = signal[t] x0 + sigma[t] eps. With `ids`, x0 = source[ids] + sigma0 eps' is computed (and stored) first.
+// x_t = signal[t] x0 + sigma[t] eps. With `ids`, x0 = source[ids] + sigma0 eps' is computed (and stored) first. With
+// `absorbing`, (1 - signal[t]) absorbing is added, and a token that is gone is `absorbing` alone.
 struct QSampleArgs {
   const void* source;    // x0 [B, N, d], or the table [V, d]
   const int64_t* ids;    // [B, N] or null
@@ -22,6 +23,8 @@ struct QSampleArgs {
   const float* signal;   // [T]
   const float* sigma;    // [T]
   const uint8_t* mask;   // [B, N] or null; 0: x_t = x0, eps = 0
+  const void* absorbing; // [d] or null
+  const uint8_t* gone;   // [B, N] or null; only with absorbing
   void* x0;              // [B, N, d] output, only with ids
   void* x_t;             // [B, N, d] output
   void* eps;             // [B, N, d] output or null
@@ -57,7 +60,7 @@ struct EmbedBackwardArgs {
   bool t_per_token, bf16;
 };
 
-// out = a x + b x0_hat + c eps with one coefficient a token.
+// out = a x + b x0_hat + c eps with one coefficient a token, x0_hat clamped to -limit..limit.
 struct SamplerStepArgs {
   const void* x;
   const void* x0_hat;
@@ -67,6 +70,7 @@ struct SamplerStepArgs {
   void* out;
   NoiseKey key;
   int64_t B, N, d;
+  float limit;      // infinite: none
   bool bf16;
 };
 

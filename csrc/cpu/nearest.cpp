@@ -272,7 +272,8 @@ struct Search {
 
   void decide_many(int64_t r, const Row& row, float* x) const {
     const int64_t k = args.k;
-    Ranking ranking{static_cast<int>(k)};
+    Ranking ranking;
+    ranking.k = static_cast<int>(k);
     row_to_float(args.x, args.bf16, r, args.dim, x);
     const auto consider = [&](int64_t v) { ranking.consider(exact(x, v), v); };
     if (row.everything) {

@@ -2,6 +2,7 @@
 #include "common/noise.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "cpu/parallel.h"
 #include "cpu/philox_simd.h"
@@ -74,6 +75,21 @@ void embed_token(const QSampleArgs& args, Philox& philox, int64_t sentence, int6
   });
 }
 
+// The same for noise that drifts to args.absorbing.
+template <typename T>
+void absorb_token(const QSampleArgs& args, const Philox& philox, int64_t token, int64_t t, const T* x0, T* x_t, T* eps) {
+  const int64_t n = token % args.N, d = args.d;
+  const T* absorbing = static_cast<const T*>(args.absorbing);
+  const bool gone = args.gone != nullptr && args.gone[token] != 0;
+  const vfloat signal = splat(args.signal[t]), sigma = splat(args.sigma[t]), drift = splat(1.f - args.signal[t]);
+  for_each_normal_vector(philox, first_block(n, d), d, [&](int64_t offset, vfloat noise, int count) {
+    const vfloat goal = load_some(absorbing + offset, count);
+    const vfloat noised = fused(sigma, noise, signal * load_some(x0 + offset, count));
+    store_some(x_t + offset, gone ? goal : fused(drift, goal, noised), count);
+    if (eps != nullptr) store_some(eps + offset, noise, count);
+  });
+}
+
 template <typename T>
 void q_sample_token(const QSampleArgs& args, Philox& philox, int64_t token) {
   const int64_t sentence = token / args.N, n = token % args.N, d = args.d;
@@ -95,6 +111,7 @@ void q_sample_token(const QSampleArgs& args, Philox& philox, int64_t token) {
     return;
   }
   set_coordinates(philox, args.key, NoiseStream::x_t, sentence);
+  if (args.absorbing != nullptr) return absorb_token(args, philox, token, t, x0, x_t, eps);
   const vfloat signal = splat(args.signal[t]), sigma = splat(args.sigma[t]);
   for_each_normal_vector(philox, first_block(n, d), d, [&](int64_t offset, vfloat noise, int count) {
     store_some(x_t + offset, fused(sigma, noise, signal * load_some(x0 + offset, count)), count);
@@ -162,8 +179,12 @@ void sampler_step_token(const SamplerStepArgs& args, Philox& philox, int64_t tok
   const T* x0_hat = static_cast<const T*>(args.x0_hat) + token * d;
   T* out = static_cast<T*>(args.out) + token * d;
   const vfloat a = splat(args.a[token]), b = splat(args.b[token]), c = splat(args.c[token]);
+  const bool clamps = args.limit < std::numeric_limits<float>::infinity();
+  const vfloat most = splat(args.limit), least = splat(-args.limit);
   const auto mean = [&](int64_t offset, int count) {
-    return fused(b, load_some(x0_hat + offset, count), a * load_some(x + offset, count));
+    vfloat goal = load_some(x0_hat + offset, count);
+    if (clamps) goal = select(goal > most, most, select(goal < least, least, goal));   // NaN stays
+    return fused(b, goal, a * load_some(x + offset, count));
   };
   if (args.c[token] == 0.f) {
     for (int64_t j = 0; j < d; j += kWidth) {

@@ -249,7 +249,7 @@ __device__ __forceinline__ Keep search_row(const NearestCudaArgs& a, int64_t row
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kRerankRows * 32, 4) nearest_rerank_kernel(const __grid_constant__ NearestCudaArgs a) {
+__global__ void __launch_bounds__(kRerankRows * 32, 3) nearest_rerank_kernel(const __grid_constant__ NearestCudaArgs a) {
   PDS_SHARED_MEMORY(shared);
   Scored* all = reinterpret_cast<Scored*>(shared);
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kRerankRows + threadIdx.x / 32;
@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(kRerankRows * 32, 4) nearest_rerank_kernel(con
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kRerankRows * 32, 4) nearest_topk_kernel(const __grid_constant__ NearestCudaArgs a) {
+__global__ void __launch_bounds__(kRerankRows * 32, 3) nearest_topk_kernel(const __grid_constant__ NearestCudaArgs a) {
   PDS_SHARED_MEMORY(shared);
   Scored* all = reinterpret_cast<Scored*>(shared);
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kRerankRows + threadIdx.x / 32;

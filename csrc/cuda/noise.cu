@@ -84,10 +84,21 @@ template <typename T>
 struct SampleRow {
   const T* source;
   T *x0, *x_t, *eps;
+  const T* absorbing;   // or null
   float signal, sigma;
-  bool noised;
+  bool noised, gone;
   Coordinates at;       // the stream of x_t
 };
+
+// x += (1 - signal) absorbing, or what is gone is `absorbing` alone.
+template <typename T>
+__device__ __forceinline__ void absorb_unit(const SampleRow<T>& row, int64_t offset, int count, bool whole, float x[kUnit<T>]) {
+  const float drift = exact_add(1.f, -row.signal);
+  float goal[kUnit<T>];
+  load_unit(row.absorbing + offset, count, whole, goal);
+#pragma unroll
+  for (int i = 0; i < kUnit<T>; ++i) x[i] = row.gone ? goal[i] : exact_fma(drift, goal[i], x[i]);
+}
 
 // One unit: x0 = source + sigma0 eps', rounded to T before it is used (with ids only), then x_t = signal x0 + sigma eps.
 template <typename T>
@@ -113,6 +124,7 @@ __device__ __forceinline__ void q_sample_unit(const SampleRow<T>& row, const Noi
     draw<T>(row.at, unit, noise);
 #pragma unroll
     for (int i = 0; i < kUnit<T>; ++i) x[i] = exact_fma(row.sigma, noise[i], exact_mul(row.signal, x[i]));
+    if (row.absorbing != nullptr) absorb_unit(row, offset, count, whole, x);
   } else {
 #pragma unroll
     for (int i = 0; i < kUnit<T>; ++i) noise[i] = 0.f;
@@ -144,6 +156,8 @@ q_sample_kernel(const __grid_constant__ QSampleArgs args, const int64_t* device_
     row.signal = __ldg(args.signal + t);
     row.sigma = __ldg(args.sigma + t);
     row.noised = !clean(args.mask, token);
+    row.absorbing = static_cast<const T*>(args.absorbing);
+    row.gone = args.gone != nullptr && __ldg(args.gone + token) != 0;
     row.at = coordinates(args.key, seed, NoiseStream::x_t, sentence, n, args.d);
     for_each_unit<T>(walk, [&](uint32_t unit, int64_t offset, int count, bool whole) {
       q_sample_unit(row, args.key, args.sigma0, unit, offset, count, whole);
@@ -186,7 +200,10 @@ sampler_step_kernel(const __grid_constant__ SamplerStepArgs args, const int64_t*
       load_unit(x + offset, count, whole, value);
       load_unit(x0_hat + offset, count, whole, other);
 #pragma unroll
-      for (int i = 0; i < kUnit<T>; ++i) value[i] = exact_fma(b, other[i], exact_mul(a, value[i]));
+      for (int i = 0; i < kUnit<T>; ++i) {
+        const float goal = other[i] > args.limit ? args.limit : other[i] < -args.limit ? -args.limit : other[i];   // NaN stays
+        value[i] = exact_fma(b, goal, exact_mul(a, value[i]));
+      }
       if (c != 0.f) {
         draw<T>(at, unit, other);
 #pragma unroll
@@ -255,7 +272,8 @@ Status start_kernel(const Args& args, const Launch& launch, uintptr_t addresses,
 const char* error_string(Status status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }
 
 Status q_sample(const QSampleArgs& args, const int64_t* device_seed, const Launch& launch) {
-  const uintptr_t addresses = address(args.source) | address(args.x0) | address(args.x_t) | address(args.eps);
+  const uintptr_t addresses =
+      address(args.source) | address(args.absorbing) | address(args.x0) | address(args.x_t) | address(args.eps);
   return start_kernel(args, launch, addresses, [&](auto zero, const Walk& walk, const Grid& grid) {
     return start(&q_sample_kernel<decltype(zero)>, grid, launch, args, device_seed, walk);
   });

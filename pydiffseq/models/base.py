@@ -56,15 +56,20 @@ class DiffusionModel(nn.Module):
         return timesteps, weights
 
     def corrupt(self, tokens: Tensor, timesteps: Tensor, weights: Tensor, seed: Tensor, rows: Tensor,
-                noised: Tensor | None = None) -> Corrupted:
-        """Noise the embeddings of ``tokens`` int64 ``[B, N]``; where ``noised`` (bool) is False, x_t is x0."""
+                noised: Tensor | None = None, gone: Tensor | None = None) -> Corrupted:
+        """Noise the embeddings of ``tokens`` int64 ``[B, N]``; where ``noised`` (bool) is False, x_t is x0.
+
+        With an absorbing vector m (DiffuSeq-v2, spec 1.11) ``x_t = sqrt(abar) (x0 - m) + sqrt(1 - abar) eps + m``, and m
+        alone where ``gone`` (bool) is True.
+        """
         c = self.config
         # Not buffers: a cast of the model to bfloat16 would round the tables.
         self.schedule = schedule = self.schedule.to(tokens.device)
         table = self.embedding.table()
         x0, x_t = ops.embed_q_sample(
             table, tokens, timesteps, schedule.signal, schedule.sigma * c.noise_factor,
-            sigma0=0.0 if c.clean_x0 else self.sigma0, mask=noised, seed=seed, rows=rows)
+            sigma0=0.0 if c.clean_x0 else self.sigma0, mask=noised, seed=seed, rows=rows,
+            absorbing=None if self.absorbing is None else self.absorbing.to(table.dtype), gone=gone)
         clean = x0 if c.clean_x0 else nn.functional.embedding(tokens, table)
         return Corrupted(clean, x0, x_t, timesteps, weights)
 

@@ -266,13 +266,11 @@ class DiffuSeq(DiffusionModel):
         timesteps, weights = self.draw_timesteps(batch.lengths, width, seed, rows)
         column = torch.arange(width, device=target.device)
         timesteps = take(timesteps, (column - batch.source.lengths[:, None]).clamp_min(0))
-        noisy = self.corrupt(batch.tokens, timesteps, weights, seed, rows, batch.noised)
+        gone = self._gone(timesteps, batch.noised, seed, rows)
+        noisy = self.corrupt(batch.tokens, timesteps, weights, seed, rows, batch.noised, gone)
         if c.clean_source:
             noisy = noisy._replace(x0=torch.where(batch.noised[..., None], noisy.x0, noisy.clean),
                                    x_t=torch.where(batch.noised[..., None], noisy.x_t, noisy.clean))
-
-        if self.absorbing is not None:
-            noisy = noisy._replace(x_t=self._absorb(noisy.x_t, timesteps, batch.noised, self.absorbing, seed, rows))
 
         base = self._base(batch.noised, batch.lengths)
 
@@ -287,19 +285,12 @@ class DiffuSeq(DiffusionModel):
             losses.per_sentence["absorbing"] = self.absorbing.float().norm().expand(len(target))
         return losses
 
-    def _absorb(self, x_t: Tensor, timesteps: Tensor, noised: Tensor, absorbing: Tensor, seed: Tensor,
-                rows: Tensor) -> Tensor:
-        """DiffuSeq-v2's noise of the target part (spec 1.11): drift to the absorbing vector, and tokens that are there.
-
-        ``sqrt(abar) (x0 - m) + sqrt(1 - abar) eps + m``, and then m alone with probability
-        ``discrete_noise sqrt(1 - abar)``.
-        """
-        signal, sigma = self.schedule.signal[timesteps], self.schedule.sigma[timesteps]
-        x_t = x_t + ((1 - signal) * noised)[..., None].to(x_t.dtype) * absorbing
-        if not self.config.discrete_noise:
-            return x_t
-        gone = noised & (token_uniform(seed, rows, noised.size(1), step=1) < self.config.discrete_noise * sigma)
-        return torch.where(gone[..., None], absorbing, x_t)
+    def _gone(self, timesteps: Tensor, noised: Tensor, seed: Tensor, rows: Tensor) -> Tensor | None:
+        """Which tokens, bool ``[B, N]``, are the absorbing vector: ``discrete_noise sqrt(1 - abar)`` of the target."""
+        if self.absorbing is None or not self.config.discrete_noise:
+            return None
+        sigma = self.schedule.to(timesteps.device).sigma[timesteps]
+        return noised & (token_uniform(seed, rows, noised.size(1), step=1) < self.config.discrete_noise * sigma)
 
 
 def readable(x: Tensor) -> bool:

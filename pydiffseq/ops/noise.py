@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -22,25 +23,26 @@ from pydiffseq.ops._extension import (
 
 library.define(
     "q_sample(Tensor x0, Tensor t, Tensor signal, Tensor sigma, Tensor? mask, Tensor seed, int step, Tensor? rows, "
-    "bool return_noise) -> (Tensor x_t, Tensor eps)")
+    "bool return_noise, Tensor? absorbing=None, Tensor? gone=None) -> (Tensor x_t, Tensor eps)")
 library.define("q_sample_backward(Tensor grad, Tensor t, Tensor signal, Tensor? mask) -> Tensor")
 library.define(
     "embed_q_sample(Tensor table, Tensor ids, Tensor t, Tensor signal, Tensor sigma, float sigma0, Tensor? mask, "
-    "Tensor seed, int step, Tensor? rows, bool return_noise) -> (Tensor x0, Tensor x_t, Tensor eps)")
+    "Tensor seed, int step, Tensor? rows, bool return_noise, Tensor? absorbing=None, Tensor? gone=None)"
+    " -> (Tensor x0, Tensor x_t, Tensor eps)")
 library.define(
     "embed_q_sample_backward(Tensor? grad_x0, Tensor? grad_x_t, Tensor ids, Tensor t, Tensor signal, Tensor? mask, "
     "SymInt vocab, Tensor like) -> Tensor")
 library.define(
-    "sampler_step(Tensor x, Tensor x0_hat, Tensor a, Tensor b, Tensor c, Tensor seed, int step, Tensor? rows)"
-    " -> Tensor")
+    "sampler_step(Tensor x, Tensor x0_hat, Tensor a, Tensor b, Tensor c, Tensor seed, int step, Tensor? rows, "
+    "float? limit=None) -> Tensor")
 library.define(
     "philox_normal(Tensor seed, SymInt B, SymInt N, SymInt d, int step, Tensor? rows, int stream, ScalarType dtype, "
     "Device device) -> Tensor")
 
 
 def q_sample(x0: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, *, mask: Tensor | None = None,
-             seed: int | Tensor | None = None, step: int = 0, rows: Tensor | None = None,
-             return_noise: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+             seed: int | Tensor | None = None, step: int = 0, rows: Tensor | None = None, return_noise: bool = False,
+             absorbing: Tensor | None = None, gone: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """``x_t = signal[t] * x0 + sigma[t] * eps`` in one pass; eps, from Philox, is in memory only if asked for.
 
     The forward process of DDPM (Ho et al. 2020, equation 4): ``signal = sqrt(abar)``, ``sigma = sqrt(1 - abar)``;
@@ -57,9 +59,12 @@ def q_sample(x0: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, *, mask: Tens
         step: 0..2^24-1; calls with different steps draw independent noise.
         rows: int64 [B], ``candidate << 32 | sentence id``; None: 0..B-1.
         return_noise: return eps, too.
+        absorbing: float [d] of x0's dtype, what noise drifts to (DiffuSeq-v2's soft absorbing state, Gong et al. 2023):
+            ``(1 - signal[t]) * absorbing`` is added to x_t. None: 0.
+        gone: bool [B, N]; True: x_t is ``absorbing`` alone, where the mask noises the token. Only with ``absorbing``.
 
     Returns:
-        x_t [B, N, d] in x0's dtype, or ``(x_t, eps)``. Differentiable in x0.
+        x_t [B, N, d] in x0's dtype, or ``(x_t, eps)``. Differentiable in x0 and absorbing.
 
     Raises:
         TypeError: a dtype is not one of the above.
@@ -71,14 +76,16 @@ def q_sample(x0: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, *, mask: Tens
         raise ValueError(f"x0 must have shape [B, N, d], got {list(x0.shape)}")
     _check_schedule(x0.shape[0], x0.shape[1], t, signal, sigma, mask)
     _check_key(x0.shape[0], step, rows)
-    check_same_device(x0=x0, t=t, signal=signal, sigma=sigma, mask=mask, rows=rows)
-    x_t, eps = _q_sample_op(x0, t, signal, sigma, mask, draw_seed(seed), step, rows, return_noise)
+    _check_absorbing(absorbing, gone, x0, tuple(x0.shape[:2]))
+    check_same_device(x0=x0, t=t, signal=signal, sigma=sigma, mask=mask, rows=rows, absorbing=absorbing, gone=gone)
+    x_t, eps = _q_sample_op(x0, t, signal, sigma, mask, draw_seed(seed), step, rows, return_noise, absorbing, gone)
     return (x_t, eps) if return_noise else x_t
 
 
 def embed_q_sample(table: Tensor, ids: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, *, sigma0: float,
                    mask: Tensor | None = None, seed: int | Tensor | None = None, step: int = 0,
-                   rows: Tensor | None = None, return_noise: bool = False) -> tuple[Tensor, ...]:
+                   rows: Tensor | None = None, return_noise: bool = False, absorbing: Tensor | None = None,
+                   gone: Tensor | None = None) -> tuple[Tensor, ...]:
     """``x0 = table[ids] + sigma0 * eps'``, and :func:`q_sample` of that x0, in one pass.
 
     The embedding step ``q(x_0 | w)`` of Diffusion-LM (Li et al. 2022, section 4.2) and the forward process after it.
@@ -87,13 +94,14 @@ def embed_q_sample(table: Tensor, ids: Tensor, t: Tensor, signal: Tensor, sigma:
     Args:
         table: float [V, d], the embeddings.
         ids: int64 [B, N] in 0..V-1.
-        t, signal, sigma, seed, step, rows, return_noise: as in :func:`q_sample`.
+        t, signal, sigma, seed, step, rows, return_noise, absorbing, gone: as in :func:`q_sample`.
         sigma0: standard deviation of the noise of x0, the same for all tokens; 0 draws none.
         mask: bool [B, N], as in :func:`q_sample`; it does not stop the noise of x0.
 
     Returns:
         ``(x0, x_t)``, both [B, N, d] in the table's dtype, or ``(x0, x_t, eps)``. Differentiable in the table through
-        x0 and x_t; the gradient is summed in float32 in a fixed order, so it is the same bits every time.
+        x0 and x_t, and in absorbing; the table's gradient is summed in float32 in a fixed order, so it is the same bits
+        every time.
 
     Raises:
         TypeError, ValueError: as :func:`q_sample`, and ValueError for an id outside the table (on the CPU; the CUDA
@@ -108,13 +116,17 @@ def embed_q_sample(table: Tensor, ids: Tensor, t: Tensor, signal: Tensor, sigma:
         raise ValueError(f"ids must have shape [B, N], got {list(ids.shape)}")
     _check_schedule(ids.shape[0], ids.shape[1], t, signal, sigma, mask)
     _check_key(ids.shape[0], step, rows)
-    check_same_device(table=table, ids=ids, t=t, signal=signal, sigma=sigma, mask=mask, rows=rows)
-    x0, x_t, eps = _embed_op(table, ids, t, signal, sigma, sigma0, mask, draw_seed(seed), step, rows, return_noise)
+    _check_absorbing(absorbing, gone, table, tuple(ids.shape))
+    check_same_device(table=table, ids=ids, t=t, signal=signal, sigma=sigma, mask=mask, rows=rows, absorbing=absorbing,
+                      gone=gone)
+    x0, x_t, eps = _embed_op(table, ids, t, signal, sigma, sigma0, mask, draw_seed(seed), step, rows, return_noise,
+                             absorbing, gone)
     return (x0, x_t, eps) if return_noise else (x0, x_t)
 
 
 def sampler_step(x: Tensor, x0_hat: Tensor, a: Tensor | float, b: Tensor | float, c: Tensor | float, *,
-                 seed: int | Tensor | None = None, step: int = 0, rows: Tensor | None = None) -> Tensor:
+                 seed: int | Tensor | None = None, step: int = 0, rows: Tensor | None = None,
+                 limit: float | None = None) -> Tensor:
     """``a * x + b * x0_hat + c * eps`` in one pass: the update of every Gaussian sampler.
 
     Args:
@@ -123,6 +135,7 @@ def sampler_step(x: Tensor, x0_hat: Tensor, a: Tensor | float, b: Tensor | float
             [1, N] for per-token coefficients that all sentences share). Used in float32. Tokens with c = 0 draw no
             noise.
         seed, step, rows: as in :func:`q_sample`; use the index of the denoising step as ``step``.
+        limit: x0_hat is clamped to ``-limit..limit`` first; None: not at all.
 
     Returns:
         [B, N, d] in x's dtype. Differentiable in x and x0_hat, not in the coefficients.
@@ -139,9 +152,11 @@ def sampler_step(x: Tensor, x0_hat: Tensor, a: Tensor | float, b: Tensor | float
         raise TypeError(f"x0_hat must have the dtype of x, {x.dtype}, got {x0_hat.dtype}")
     check_shape("x0_hat", x0_hat, tuple(x.shape))
     _check_key(x.shape[0], step, rows)
+    if limit is not None and not limit >= 0:
+        raise ValueError(f"limit must be at least 0, got {limit}")
     a, b, c = (_coefficient(name, value, x) for name, value in (("a", a), ("b", b), ("c", c)))
     check_same_device(x=x, x0_hat=x0_hat, a=a, b=b, c=c, rows=rows)
-    return _step_op(x, x0_hat, a, b, c, draw_seed(seed), step, rows)
+    return _step_op(x, x0_hat, a, b, c, draw_seed(seed), step, rows, limit)
 
 
 def philox_normal(shape: tuple[int, int, int], *, seed: int | Tensor | None = None, step: int = 0,
@@ -209,6 +224,19 @@ def _check_key(B: int, step: int, rows: Tensor | None) -> None:
         check_shape("rows", rows, (B,))
 
 
+def _check_absorbing(absorbing: Tensor | None, gone: Tensor | None, like: Tensor, tokens: tuple[int, ...]) -> None:
+    if absorbing is not None:
+        if absorbing.dtype != like.dtype:
+            raise TypeError(f"absorbing must have the dtype of what is noised, {like.dtype}, got {absorbing.dtype}")
+        check_shape("absorbing", absorbing, (like.shape[-1],))
+    if gone is not None:
+        if absorbing is None:
+            raise ValueError("gone is only for a noise with an absorbing vector, got one without")
+        if gone.dtype != torch.bool:
+            raise TypeError(f"gone must be bool, got {gone.dtype}")
+        check_shape("gone", gone, tokens)
+
+
 def _coefficient(name: str, value: Tensor | float, x: Tensor) -> Tensor:
     """``value`` as float32 [B, N]."""
     B, N = x.shape[:2]
@@ -241,17 +269,18 @@ def _contiguous(*tensors: Tensor | None) -> list:
 
 
 def _q_sample_cpu(x0: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, mask: Tensor | None, seed: Tensor, step: int,
-                  rows: Tensor | None, return_noise: bool) -> tuple[Tensor, Tensor]:
+                  rows: Tensor | None, return_noise: bool, absorbing: Tensor | None = None,
+                  gone: Tensor | None = None) -> tuple[Tensor, Tensor]:
     if not use_kernel(x0):
-        return reference.q_sample(x0, t, signal, sigma, mask, seed, step, rows, return_noise)
-    x0, t, signal, sigma, mask, rows = _contiguous(x0, t, signal, sigma, mask, rows)
+        return reference.q_sample(x0, t, signal, sigma, mask, seed, step, rows, return_noise, absorbing, gone)
+    x0, t, signal, sigma, mask, rows, absorbing, gone = _contiguous(x0, t, signal, sigma, mask, rows, absorbing, gone)
     x_t, eps = _q_sample_fake(x0, t, signal, sigma, mask, seed, step, rows, return_noise)
     B, N, d = x0.shape
     T = signal.shape[0]
     bad = C.q_sample(
-        pointer(x0), 0, pointer(t), pointer(signal), pointer(sigma), pointer(mask), 0, pointer(x_t),
-        pointer(eps) if return_noise else 0, pointer(seed), pointer(rows), step, B, N, d, T, 0, 0.0, t.dim() == 2,
-        x0.dtype == torch.bfloat16)
+        pointer(x0), 0, pointer(t), pointer(signal), pointer(sigma), pointer(mask), pointer(absorbing), pointer(gone), 0,
+        pointer(x_t), pointer(eps) if return_noise else 0, pointer(seed), pointer(rows), step, B, N, d, T, 0, 0.0,
+        t.dim() == 2, x0.dtype == torch.bfloat16)
     if bad != (-1, -1):
         _raise_out_of_range(bad, t, T, N, None, 0)
     return x_t, eps
@@ -268,16 +297,19 @@ def _q_sample_backward_cpu(grad: Tensor, t: Tensor, signal: Tensor, mask: Tensor
 
 
 def _embed_cpu(table: Tensor, ids: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, sigma0: float, mask: Tensor | None,
-               seed: Tensor, step: int, rows: Tensor | None, return_noise: bool) -> tuple[Tensor, Tensor, Tensor]:
+               seed: Tensor, step: int, rows: Tensor | None, return_noise: bool, absorbing: Tensor | None = None,
+               gone: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     if not use_kernel(table):
-        return reference.embed_q_sample(table, ids, t, signal, sigma, sigma0, mask, seed, step, rows, return_noise)
+        return reference.embed_q_sample(table, ids, t, signal, sigma, sigma0, mask, seed, step, rows, return_noise,
+                                        absorbing, gone)
     table, ids, t, signal, sigma, mask, rows = _contiguous(table, ids, t, signal, sigma, mask, rows)
+    absorbing, gone = _contiguous(absorbing, gone)
     x0, x_t, eps = _embed_fake(table, ids, t, signal, sigma, sigma0, mask, seed, step, rows, return_noise)
     T, vocab = signal.shape[0], table.shape[0]
     bad = C.q_sample(
-        pointer(table), pointer(ids), pointer(t), pointer(signal), pointer(sigma), pointer(mask), pointer(x0),
-        pointer(x_t), pointer(eps) if return_noise else 0, pointer(seed), pointer(rows), step, *x0.shape, T, vocab,
-        sigma0, t.dim() == 2, table.dtype == torch.bfloat16)
+        pointer(table), pointer(ids), pointer(t), pointer(signal), pointer(sigma), pointer(mask), pointer(absorbing),
+        pointer(gone), pointer(x0), pointer(x_t), pointer(eps) if return_noise else 0, pointer(seed), pointer(rows), step,
+        *x0.shape, T, vocab, sigma0, t.dim() == 2, table.dtype == torch.bfloat16)
     if bad != (-1, -1):
         _raise_out_of_range(bad, t, T, ids.shape[1], ids, vocab)
     return x0, x_t, eps
@@ -296,13 +328,13 @@ def _embed_backward_cpu(grad_x0: Tensor | None, grad_x_t: Tensor | None, ids: Te
 
 
 def _sampler_step_cpu(x: Tensor, x0_hat: Tensor, a: Tensor, b: Tensor, c: Tensor, seed: Tensor, step: int,
-                      rows: Tensor | None) -> Tensor:
+                      rows: Tensor | None, limit: float | None = None) -> Tensor:
     if not use_kernel(x):
-        return reference.sampler_step(x, x0_hat, a, b, c, seed, step, rows)
+        return reference.sampler_step(x, x0_hat, a, b, c, seed, step, rows, limit)
     x, x0_hat, a, b, c, rows = _contiguous(x, x0_hat, a, b, c, rows)
     out = x.new_empty(x.shape)
     C.sampler_step(pointer(x), pointer(x0_hat), pointer(a), pointer(b), pointer(c), pointer(out), pointer(seed),
-                   pointer(rows), step, *x.shape, x.dtype == torch.bfloat16)
+                   pointer(rows), step, *x.shape, math.inf if limit is None else limit, x.dtype == torch.bfloat16)
     return out
 
 
@@ -328,27 +360,30 @@ def _use_cuda(like: Tensor) -> bool:
 
 
 def _q_sample_kernel(x0: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, mask: Tensor | None, seed: Tensor, step: int,
-                     rows: Tensor | None, return_noise: bool) -> tuple[Tensor, Tensor]:
-    x0, t, signal, sigma, mask, rows = _contiguous(x0, t, signal, sigma, mask, rows)
+                     rows: Tensor | None, return_noise: bool, absorbing: Tensor | None = None,
+                     gone: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    x0, t, signal, sigma, mask, rows, absorbing, gone = _contiguous(x0, t, signal, sigma, mask, rows, absorbing, gone)
     seed, on_device = _cuda.key_arguments(seed, x0.device)
     x_t, eps = _q_sample_fake(x0, t, signal, sigma, mask, seed, step, rows, return_noise)
     _cuda.launch(
-        C.noise_q_sample_cuda, x0.device, pointer(x0), 0, pointer(t), pointer(signal), pointer(sigma), pointer(mask), 0,
-        pointer(x_t), pointer(eps) if return_noise else 0, pointer(seed), pointer(rows), step, *x0.shape,
-        signal.shape[0], 0, 0.0, t.dim() == 2, _cuda.DTYPES[x0.dtype], on_device)
+        C.noise_q_sample_cuda, x0.device, pointer(x0), 0, pointer(t), pointer(signal), pointer(sigma), pointer(mask),
+        pointer(absorbing), pointer(gone), 0, pointer(x_t), pointer(eps) if return_noise else 0, pointer(seed),
+        pointer(rows), step, *x0.shape, signal.shape[0], 0, 0.0, t.dim() == 2, _cuda.DTYPES[x0.dtype], on_device)
     return x_t, eps
 
 
 def _embed_kernel(table: Tensor, ids: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, sigma0: float,
-                  mask: Tensor | None, seed: Tensor, step: int, rows: Tensor | None,
-                  return_noise: bool) -> tuple[Tensor, Tensor, Tensor]:
+                  mask: Tensor | None, seed: Tensor, step: int, rows: Tensor | None, return_noise: bool,
+                  absorbing: Tensor | None = None, gone: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     table, ids, t, signal, sigma, mask, rows = _contiguous(table, ids, t, signal, sigma, mask, rows)
+    absorbing, gone = _contiguous(absorbing, gone)
     seed, on_device = _cuda.key_arguments(seed, table.device)
     x0, x_t, eps = _embed_fake(table, ids, t, signal, sigma, sigma0, mask, seed, step, rows, return_noise)
     _cuda.launch(
         C.noise_q_sample_cuda, table.device, pointer(table), pointer(ids), pointer(t), pointer(signal), pointer(sigma),
-        pointer(mask), pointer(x0), pointer(x_t), pointer(eps) if return_noise else 0, pointer(seed), pointer(rows),
-        step, *x0.shape, signal.shape[0], table.shape[0], sigma0, t.dim() == 2, _cuda.DTYPES[table.dtype], on_device)
+        pointer(mask), pointer(absorbing), pointer(gone), pointer(x0), pointer(x_t), pointer(eps) if return_noise else 0,
+        pointer(seed), pointer(rows), step, *x0.shape, signal.shape[0], table.shape[0], sigma0, t.dim() == 2,
+        _cuda.DTYPES[table.dtype], on_device)
     return x0, x_t, eps
 
 
@@ -362,13 +397,14 @@ def _q_sample_backward_kernel(grad: Tensor, t: Tensor, signal: Tensor, mask: Ten
 
 
 def _sampler_step_kernel(x: Tensor, x0_hat: Tensor, a: Tensor, b: Tensor, c: Tensor, seed: Tensor, step: int,
-                         rows: Tensor | None) -> Tensor:
+                         rows: Tensor | None, limit: float | None = None) -> Tensor:
     x, x0_hat, a, b, c, rows = _contiguous(x, x0_hat, a, b, c, rows)
     seed, on_device = _cuda.key_arguments(seed, x.device)
     out = x.new_empty(x.shape)
     _cuda.launch(
         C.noise_sampler_step_cuda, x.device, pointer(x), pointer(x0_hat), pointer(a), pointer(b), pointer(c),
-        pointer(out), pointer(seed), pointer(rows), step, *x.shape, _cuda.DTYPES[x.dtype], on_device)
+        pointer(out), pointer(seed), pointer(rows), step, *x.shape, math.inf if limit is None else limit,
+        _cuda.DTYPES[x.dtype], on_device)
     return out
 
 
@@ -398,6 +434,8 @@ def _cuda_cases(device: torch.device):
         for name, kernel, oracle, arguments in (
                 ("q_sample", _q_sample_kernel, reference.q_sample, (x, *sample, *key, True)),
                 ("embed_q_sample", _embed_kernel, reference.embed_q_sample, (*embed, seeds[1], *key[1:], True)),
+                ("q_sample", _q_sample_kernel, reference.q_sample, (x, *sample, *key, True, x[0, 0].clone(), ids == 1)),
+                ("sampler_step", _sampler_step_kernel, reference.sampler_step, (x, x.flip(0), *coefficients, *key, 0.5)),
                 ("q_sample_backward", _q_sample_backward_kernel, reference.q_sample_backward, (x, *sample[:2], mask)),
                 ("sampler_step", _sampler_step_kernel, reference.sampler_step, (x, x.flip(0), *coefficients, *key))):
             yield name, functools.partial(kernel, *arguments), functools.partial(oracle, *arguments)
@@ -458,7 +496,7 @@ for _name, _kernel, _cuda_kernel in (
 
 
 @torch.library.register_fake("pydiffseq::q_sample", lib=library)
-def _q_sample_fake(x0, t, signal, sigma, mask, seed, step, rows, return_noise):
+def _q_sample_fake(x0, t, signal, sigma, mask, seed, step, rows, return_noise, absorbing=None, gone=None):
     return x0.new_empty(x0.shape), x0.new_empty(x0.shape if return_noise else 0)
 
 
@@ -468,7 +506,7 @@ def _q_sample_backward_fake(grad, t, signal, mask):
 
 
 @torch.library.register_fake("pydiffseq::embed_q_sample", lib=library)
-def _embed_fake(table, ids, t, signal, sigma, sigma0, mask, seed, step, rows, return_noise):
+def _embed_fake(table, ids, t, signal, sigma, sigma0, mask, seed, step, rows, return_noise, absorbing=None, gone=None):
     shape = (*ids.shape, table.shape[1])
     return table.new_empty(shape), table.new_empty(shape), table.new_empty(shape if return_noise else 0)
 
@@ -479,7 +517,7 @@ def _embed_backward_fake(grad_x0, grad_x_t, ids, t, signal, mask, vocab, like):
 
 
 @torch.library.register_fake("pydiffseq::sampler_step", lib=library)
-def _sampler_step_fake(x, x0_hat, a, b, c, seed, step, rows):
+def _sampler_step_fake(x, x0_hat, a, b, c, seed, step, rows, limit=None):
     return x.new_empty(x.shape)
 
 
@@ -491,14 +529,33 @@ def _philox_normal_fake(seed, B, N, d, step, rows, stream, dtype, device):
 # --- Gradients ---
 
 
+def _absorbing_grads(grad: Tensor, t: Tensor, signal: Tensor, mask: Tensor | None, gone: Tensor | None,
+                     wanted: bool) -> tuple[Tensor, Tensor | None]:
+    """The gradient of x_t less that of tokens that are gone, and the gradient of the absorbing vector."""
+    if gone is not None and mask is not None:
+        gone = gone & mask
+    share = None
+    if wanted:
+        share = 1.0 - signal[t.clamp(0, signal.shape[0] - 1)]
+        share = (share if t.dim() == 2 else share[:, None]).expand(grad.shape[:2])
+        share = share if mask is None else share * mask
+        share = share if gone is None else share.masked_fill(gone, 1.0)
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        share = torch.einsum("bn,bnd->d", share.to(wide), grad.to(wide)).to(grad.dtype)
+    return grad if gone is None else grad.masked_fill(gone[..., None], 0.0), share
+
+
 def _q_sample_setup(ctx, inputs, output) -> None:
-    _, t, signal, _, mask, *_ = inputs
-    ctx.save_for_backward(t, signal, mask)
+    _, t, signal, _, mask, *_, absorbing, gone = inputs
+    ctx.save_for_backward(t, signal, mask, gone)
+    ctx.absorbs = absorbing is not None
     ctx.mark_non_differentiable(output[1])
 
 
 def _q_sample_grad(ctx, grad_x_t: Tensor, _grad_eps: Tensor | None):
-    return torch.ops.pydiffseq.q_sample_backward(grad_x_t, *ctx.saved_tensors), *[None] * 8
+    t, signal, mask, gone = ctx.saved_tensors
+    grad_x_t, grad_absorbing = _absorbing_grads(grad_x_t, t, signal, mask, gone, ctx.absorbs)
+    return torch.ops.pydiffseq.q_sample_backward(grad_x_t, t, signal, mask), *[None] * 8, grad_absorbing, None
 
 
 def _scale_setup(ctx, inputs, output) -> None:
@@ -510,30 +567,36 @@ def _scale_grad(ctx, grad: Tensor):
 
 
 def _embed_setup(ctx, inputs, output) -> None:
-    table, ids, t, signal, _, _, mask, *_ = inputs
-    ctx.vocab = table.shape[0]
-    ctx.save_for_backward(ids, t, signal, mask)
+    table, ids, t, signal, _, _, mask, *_, absorbing, gone = inputs
+    ctx.vocab, ctx.absorbs = table.shape[0], absorbing is not None
+    ctx.save_for_backward(ids, t, signal, mask, gone)
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
 
 
 def _embed_grad(ctx, grad_x0: Tensor | None, grad_x_t: Tensor | None, _grad_eps: Tensor | None):
+    ids, t, signal, mask, gone = ctx.saved_tensors
     like = grad_x0 if grad_x0 is not None else grad_x_t
-    grad = None
+    grad = grad_absorbing = None
+    if grad_x_t is not None:
+        grad_x_t, grad_absorbing = _absorbing_grads(grad_x_t, t, signal, mask, gone, ctx.absorbs)
     if like is not None:
-        grad = torch.ops.pydiffseq.embed_q_sample_backward(grad_x0, grad_x_t, *ctx.saved_tensors, ctx.vocab, like)
-    return grad, *[None] * 10
+        grad = torch.ops.pydiffseq.embed_q_sample_backward(grad_x0, grad_x_t, ids, t, signal, mask, ctx.vocab, like)
+    return grad, *[None] * 10, grad_absorbing, None
 
 
 def _step_setup(ctx, inputs, output) -> None:
-    ctx.save_for_backward(inputs[2], inputs[3])
+    _, x0_hat, a, b, *_, ctx.limit = inputs
+    ctx.save_for_backward(a, b, None if ctx.limit is None else x0_hat)
 
 
 def _step_grad(ctx, grad: Tensor):
-    a, b = ctx.saved_tensors
+    a, b, x0_hat = ctx.saved_tensors
     grads = [(grad * coefficient[..., None]).to(grad.dtype) if needed else None
              for coefficient, needed in zip((a, b), ctx.needs_input_grad[:2], strict=True)]
-    return *grads, *[None] * 6
+    if x0_hat is not None and grads[1] is not None:
+        grads[1] = grads[1].masked_fill(x0_hat.abs() > ctx.limit, 0.0)
+    return *grads, *[None] * 7
 
 
 torch.library.register_autograd("pydiffseq::q_sample", _q_sample_grad, setup_context=_q_sample_setup, lib=library)

@@ -336,12 +336,17 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def q_sample(x0: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, mask: Tensor | None, seed: Tensor, step: int,
-             rows: Tensor | None, return_noise: bool) -> tuple[Tensor, Tensor]:
+             rows: Tensor | None, return_noise: bool, absorbing: Tensor | None = None,
+             gone: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """``signal[t] x0 + sigma[t] eps`` and ``eps`` (empty unless asked for); see :func:`pydiffseq.ops.q_sample`."""
     check_index("t", t, signal.shape[0])
     eps = _noise(x0, seed, step, rows, "x_t")
-    x_t = fma(_per_token(sigma, t), eps, _per_token(signal, t) * _wide(x0)).to(x0.dtype)
-    eps = eps.to(x0.dtype)
+    x_t = fma(_per_token(sigma, t), eps, _per_token(signal, t) * _wide(x0))
+    if absorbing is not None:
+        goal = _wide(absorbing).expand_as(x_t)
+        x_t = fma(1.0 - _per_token(signal, t), goal, x_t)
+        x_t = x_t if gone is None else torch.where(gone[..., None], goal, x_t)
+    x_t, eps = x_t.to(x0.dtype), eps.to(x0.dtype)
     if mask is not None:
         x_t, eps = x_t.where(mask[..., None], x0), eps.where(mask[..., None], 0.0)
     return x_t, eps if return_noise else x0.new_empty(0)
@@ -354,15 +359,15 @@ def q_sample_backward(grad: Tensor, t: Tensor, signal: Tensor, mask: Tensor | No
 
 
 def embed_q_sample(table: Tensor, ids: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, sigma0: float,
-                   mask: Tensor | None, seed: Tensor, step: int, rows: Tensor | None,
-                   return_noise: bool) -> tuple[Tensor, Tensor, Tensor]:
+                   mask: Tensor | None, seed: Tensor, step: int, rows: Tensor | None, return_noise: bool,
+                   absorbing: Tensor | None = None, gone: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """``x0 = table[ids] + sigma0 eps'``, then :func:`q_sample`; see :func:`pydiffseq.ops.embed_q_sample`."""
     check_index("ids", ids, table.shape[0])
     x0 = table[ids]
     if sigma0 != 0:
         noise = _noise(x0, seed, step, rows, "x_0")
         x0 = fma(torch.full_like(noise, sigma0), noise, _wide(x0)).to(x0.dtype)
-    return x0, *q_sample(x0, t, signal, sigma, mask, seed, step, rows, return_noise)
+    return x0, *q_sample(x0, t, signal, sigma, mask, seed, step, rows, return_noise, absorbing, gone)
 
 
 def embed_q_sample_backward(grad_x0: Tensor | None, grad_x_t: Tensor | None, ids: Tensor, t: Tensor, signal: Tensor,
@@ -379,8 +384,9 @@ def embed_q_sample_backward(grad_x0: Tensor | None, grad_x_t: Tensor | None, ids
 
 
 def sampler_step(x: Tensor, x0_hat: Tensor, a: Tensor, b: Tensor, c: Tensor, seed: Tensor, step: int,
-                 rows: Tensor | None) -> Tensor:
+                 rows: Tensor | None, limit: float | None = None) -> Tensor:
     """``a x + b x0_hat + c eps`` with coefficients [B, N]; see :func:`pydiffseq.ops.sampler_step`."""
+    x0_hat = x0_hat if limit is None else _wide(x0_hat).clamp(-limit, limit)
     a, b, c = a[..., None], b[..., None], c[..., None]
     eps = _noise(x, seed, step, rows, "x_t")
     mean = fma(b, _wide(x0_hat), a * _wide(x))

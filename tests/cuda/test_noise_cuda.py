@@ -48,7 +48,10 @@ def everything(device, B, N, d, dtype, per_token=True, masked=True, rows=None, s
     schedule = (t, signal, sigma)
     outputs = (*q_sample(x0, *schedule, **sample), *embed_q_sample(table, ids, *schedule, sigma0=0.1, **sample),
                *embed_q_sample(table, ids, *schedule, sigma0=0.0, **sample),
+               *q_sample(x0, *schedule, **sample, absorbing=table[1].clone(), gone=ids == 2),
+               *embed_q_sample(table, ids, *schedule, sigma0=0.1, **sample, absorbing=table[1].clone(), gone=ids == 2),
                sampler_step(x0, x0.flip(1), a, 1 - a, a * mask, **options),
+               sampler_step(x0, x0.flip(1), a, 1 - a, a * mask, limit=0.5, **options),
                torch.ops.pydiffseq.q_sample_backward(x0, t, signal, sample["mask"]),
                philox_normal((B, N, d), dtype=dtype, device=device, **options))
     return [out.cpu() for out in outputs]

@@ -284,6 +284,11 @@ def test_opcheck(dtype):
     torch.library.opcheck(ops.embed_q_sample_backward.default, (x0, x0, ids, t, SIGNAL, mask, 15, x0))
     torch.library.opcheck(ops.sampler_step.default, (grad, x0.flip(0), a, a, a, seed, 1, rows))
     torch.library.opcheck(ops.philox_normal.default, (seed, 3, 5, 7, 1, rows, 3, dtype, torch.device("cpu")))
+    drift = x0[0, 0].clone().requires_grad_(), ids == 3
+    torch.library.opcheck(ops.q_sample.default, (grad, t, SIGNAL, SIGMA, mask, seed, 1, rows, True, *drift))
+    torch.library.opcheck(ops.embed_q_sample.default, (
+        table, ids, t, SIGNAL, SIGMA, 0.1, None, seed, 1, rows, True, *drift))
+    torch.library.opcheck(ops.sampler_step.default, (grad, x0.flip(0).requires_grad_(), a, a, a, seed, 1, rows, 0.5))
 
 
 def test_compiled_functions_give_the_same_values():
@@ -320,3 +325,92 @@ def test_other_devices_run_on_the_reference():
     x0, t, _ = (v.to("meta") for v in batch())
     out = q_sample(x0, t, SIGNAL.to("meta"), SIGMA.to("meta"))
     assert out.device.type == "meta" and out.shape == x0.shape
+
+
+# --- Noise that drifts to an absorbing vector, and a clamped prediction ---
+
+
+@kernel_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("d", [1, 7, 41, 127, 129])
+@pytest.mark.parametrize("per_token", [True, False])
+def test_absorbing_bits_are_those_of_the_reference_on_every_instruction_set(dtype, d, per_token):
+    x0, t, mask = batch(d=d, dtype=dtype, per_token=per_token)
+    absorbing, gone = x0[0, 0] + 1, mask.flip(0)
+    table, ids = x0.flatten(0, 1), torch.arange(15).view(3, 5)
+    seed, rows = torch.tensor([9]), torch.tensor([4, 3 << 32 | 9, 2])
+    want = reference.q_sample(x0, t, SIGNAL, SIGMA, mask, seed, 2, rows, True, absorbing, gone)
+    embedded = reference.embed_q_sample(table, ids, t, SIGNAL, SIGMA, 0.1, None, seed, 2, rows, True, absorbing, gone)
+    for isa in each_isa():
+        got = q_sample(x0, t, SIGNAL, SIGMA, mask=mask, seed=seed, step=2, rows=rows, return_noise=True,
+                       absorbing=absorbing, gone=gone)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), isa
+        got = embed_q_sample(table, ids, t, SIGNAL, SIGMA, sigma0=0.1, seed=seed, step=2, rows=rows, return_noise=True,
+                             absorbing=absorbing, gone=gone)
+        assert all(torch.equal(a, b) for a, b in zip(got, embedded, strict=True)), isa
+
+
+def test_absorbing_is_the_formula():
+    x0, t, mask = batch(dtype=torch.float64)
+    absorbing, gone = torch.randn(7, dtype=torch.float64), mask.flip(0)
+    plain, eps = q_sample(x0, t, SIGNAL, SIGMA, mask=mask, seed=1, return_noise=True)
+    got, same = q_sample(x0, t, SIGNAL, SIGMA, mask=mask, seed=1, return_noise=True, absorbing=absorbing, gone=gone)
+    drifted = plain + (1 - SIGNAL[t].double())[..., None] * absorbing
+    want = torch.where((gone & mask)[..., None], absorbing, torch.where(mask[..., None], drifted, x0))
+    torch.testing.assert_close(got, want)
+    assert torch.equal(eps, same)
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+@pytest.mark.parametrize("with_mask", [True, False])
+def test_gradients_of_absorbing_noise(per_token, with_mask):
+    x0, t, mask = batch(dtype=torch.float64, per_token=per_token)
+    mask, gone, ids = mask if with_mask else None, mask.flip(0), torch.arange(15).view(3, 5) % 6
+    table, absorbing = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((6, 7), (7,)))
+    assert torch.autograd.gradcheck(
+        lambda x0, m: q_sample(x0, t, SIGNAL, SIGMA, mask=mask, seed=1, absorbing=m, gone=gone),
+        (x0.requires_grad_(), absorbing))
+    assert torch.autograd.gradcheck(
+        lambda e, m: embed_q_sample(e, ids, t, SIGNAL, SIGMA, sigma0=0.1, mask=mask, seed=1, absorbing=m, gone=gone),
+        (table, absorbing))
+    assert torch.autograd.gradcheck(lambda m: embed_q_sample(
+        table.detach(), ids, t, SIGNAL, SIGMA, sigma0=0.1, mask=mask, seed=1, absorbing=m)[1], absorbing)
+
+
+@kernel_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_clamped_prediction_has_the_bits_of_the_reference(dtype):
+    x, _, _ = batch(d=37, dtype=dtype)
+    x0_hat, a = x.flip(0) * 2, torch.rand(3, 5)
+    x0_hat[0, 0, :3] = torch.tensor([math.nan, math.inf, -math.inf])
+    for c in (a, 0.0):
+        coefficients = a, 1 - a, torch.zeros_like(a) + c
+        want = reference.sampler_step(x, x0_hat, *coefficients, torch.tensor([4]), 1, None, 0.7)
+        clamped = sampler_step(x, x0_hat.float().clamp(-0.7, 0.7).to(dtype), a, 1 - a, c, seed=4, step=1)
+        for isa in each_isa():
+            got = sampler_step(x, x0_hat, a, 1 - a, c, seed=4, step=1, limit=0.7)
+            assert torch.equal(got.nan_to_num(5), want.nan_to_num(5)), isa
+        assert got[0, 0, 0].isnan() and got.isfinite().sum() == got.numel() - 1
+        torch.testing.assert_close(got.nan_to_num(5), clamped.nan_to_num(5), rtol=1e-2, atol=1e-2)
+
+
+def test_gradient_of_a_clamped_prediction():
+    x, y = (torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    a = torch.rand(2, 3)
+    assert torch.autograd.gradcheck(lambda x, y: sampler_step(x, y, a, 0.5, a, seed=4, limit=0.6), (x, y))
+
+
+@pytest.mark.parametrize(("change", "error", "message"), [
+    ({"absorbing": torch.zeros(6)}, ValueError, r"absorbing must have shape \[7\], got \[6\]"),
+    ({"absorbing": torch.zeros(7).double()}, TypeError, "absorbing must have the dtype of what is noised"),
+    ({"gone": torch.zeros(3, 5, dtype=torch.bool)}, ValueError, "gone is only for a noise with an absorbing vector"),
+    ({"absorbing": torch.zeros(7), "gone": torch.zeros(3, 5)}, TypeError, "gone must be bool"),
+    ({"absorbing": torch.zeros(7), "gone": torch.zeros(3, dtype=torch.bool)}, ValueError, r"gone must have shape \[3, 5\]"),
+    ({"absorbing": torch.zeros(7, device="meta")}, ValueError, "absorbing is on meta"),
+])
+def test_bad_absorbing_arguments_are_named(change, error, message):
+    x0, t, _ = batch()
+    with pytest.raises(error, match=message):
+        q_sample(x0, t, SIGNAL, SIGMA, **change)
+    with pytest.raises(ValueError, match="limit must be at least 0, got -1"):
+        sampler_step(x0, x0, 1.0, 1.0, 0.0, limit=-1)

@@ -13,12 +13,13 @@ NoiseKey make_key_cuda(Address seed, bool seed_on_device, Address rows, uint32_t
   return NoiseKey{host_seed(seed, seed_on_device), pointer<const int64_t>(rows), step};
 }
 
-void run_q_sample_cuda(Address source, Address ids, Address t, Address signal, Address sigma, Address mask, Address x0,
-                       Address x_t, Address eps, Address seed, Address rows, uint32_t step, int64_t B, int64_t N,
-                       int64_t d, int64_t T, int64_t V, float sigma0, bool t_per_token, int dtype, bool seed_on_device,
+void run_q_sample_cuda(Address source, Address ids, Address t, Address signal, Address sigma, Address mask,
+                       Address absorbing, Address gone, Address x0, Address x_t, Address eps, Address seed, Address rows,
+                       uint32_t step, int64_t B, int64_t N, int64_t d, int64_t T, int64_t V, float sigma0, bool t_per_token, int dtype, bool seed_on_device,
                        Address stream, int device) {
   const QSampleArgs args{pointer<const void>(source), pointer<const int64_t>(ids), pointer<const int64_t>(t),
                          pointer<const float>(signal), pointer<const float>(sigma), pointer<const uint8_t>(mask),
+                         pointer<const void>(absorbing), pointer<const uint8_t>(gone),
                          pointer<void>(x0), pointer<void>(x_t), pointer<void>(eps), nullptr, nullptr,
                          make_key_cuda(seed, seed_on_device, rows, step), B, N, d, T, V, sigma0, t_per_token, false};
   check_cuda(ids == 0 ? "q_sample" : "embed_q_sample",
@@ -34,11 +35,11 @@ void run_q_sample_backward_cuda(Address grad, Address t, Address signal, Address
 }
 
 void run_sampler_step_cuda(Address x, Address x0_hat, Address a, Address b, Address c, Address out, Address seed,
-                           Address rows, uint32_t step, int64_t B, int64_t N, int64_t d, int dtype, bool seed_on_device,
-                           Address stream, int device) {
+                           Address rows, uint32_t step, int64_t B, int64_t N, int64_t d, float limit, int dtype,
+                           bool seed_on_device, Address stream, int device) {
   const SamplerStepArgs args{pointer<const void>(x), pointer<const void>(x0_hat), pointer<const float>(a),
                              pointer<const float>(b), pointer<const float>(c), pointer<void>(out),
-                             make_key_cuda(seed, seed_on_device, rows, step), B, N, d, false};
+                             make_key_cuda(seed, seed_on_device, rows, step), B, N, d, limit, false};
   check_cuda("sampler_step",
              cuda::sampler_step(args, device_seed(seed, seed_on_device), make_launch(dtype, stream, device)));
 }
