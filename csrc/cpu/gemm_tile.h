@@ -31,8 +31,8 @@ struct TileShape {
 };
 
 // C[kRows][kColumns vectors] (+)= start + sum over k of A(i, k) B(k, :). A(i, k) is a[i * lda + k], or a[k * lda + i] if
-// kTransposed. Each step of k fetches a line ahead.
-template <bool kTransposed, int kRows, int kColumns>
+// kTransposed. With kFetch each step of k fetches a line ahead.
+template <bool kTransposed, bool kFetch, int kRows, int kColumns>
 void multiply_tile(const TileShape& s, const float* a, const float* b, float* c, Prefetch::Walk ahead) {
   vfloat sum[kRows][kColumns];
 #pragma GCC unroll 16
@@ -42,11 +42,13 @@ void multiply_tile(const TileShape& s, const float* a, const float* b, float* c,
       sum[i][n] = s.accumulate ? load(c + i * s.ldc + n * kWidth) : s.start ? splat(s.start[i]) : vfloat{};
   const int64_t row = kTransposed ? 1 : s.lda, step = kTransposed ? s.lda : 1;
   for (int64_t k = 0; k < s.depth; ++k, a += step, b += s.ldb) {
-    __builtin_prefetch(ahead.at);
-    ahead.at += kLine;
-    if (--ahead.left == 0) {
-      ahead.at += ahead.jump;
-      ahead.left = ahead.per_row;
+    if (kFetch) {
+      __builtin_prefetch(ahead.at);
+      ahead.at += kLine;
+      if (--ahead.left == 0) {
+        ahead.at += ahead.jump;
+        ahead.left = ahead.per_row;
+      }
     }
     vfloat right[kColumns];
 #pragma GCC unroll 4
@@ -66,22 +68,24 @@ void multiply_tile(const TileShape& s, const float* a, const float* b, float* c,
 
 using TileFunction = void (*)(const TileShape&, const float*, const float*, float*, Prefetch::Walk);
 
-template <bool kTransposed, int kColumns, int... kHeights>
+template <bool kTransposed, bool kFetch, int kColumns, int... kHeights>
 constexpr std::array<TileFunction, kTallest> tile_heights(std::integer_sequence<int, kHeights...>) {
   return {(kHeights < kMaxRows[kColumns]
-               ? &multiply_tile<kTransposed, (kHeights < kMaxRows[kColumns] ? kHeights + 1 : 1), kColumns>
+               ? &multiply_tile<kTransposed, kFetch, (kHeights < kMaxRows[kColumns] ? kHeights + 1 : 1), kColumns>
                : nullptr)...};
 }
 
-template <bool kTransposed, int... kWidths>
+template <bool kTransposed, bool kFetch, int... kWidths>
 constexpr std::array<std::array<TileFunction, kTallest>, kMaxColumns> tile_table(std::integer_sequence<int, kWidths...>) {
-  return {tile_heights<kTransposed, kWidths + 1>(std::make_integer_sequence<int, kTallest>{})...};
+  return {tile_heights<kTransposed, kFetch, kWidths + 1>(std::make_integer_sequence<int, kTallest>{})...};
 }
 
 // C[rows][columns] (+)= A B with `columns` a multiple of kWidth; see multiply_tile for A. Sums run in the order of k.
 template <bool kTransposed>
 void multiply(int64_t rows, int64_t columns, TileShape shape, const float* a, const float* b, float* c, Prefetch& ahead) {
-  static constexpr auto table = tile_table<kTransposed>(std::make_integer_sequence<int, kMaxColumns>{});
+  constexpr auto widths = std::make_integer_sequence<int, kMaxColumns>{};
+  static constexpr auto fetching = tile_table<kTransposed, true>(widths), plain = tile_table<kTransposed, false>(widths);
+  const auto& table = ahead.empty() ? plain : fetching;
   const int64_t depth = shape.depth, first = shape.accumulate;
   const float* start = shape.start;
   for (int64_t k0 = 0; k0 < depth; k0 += kDepthBlock) {

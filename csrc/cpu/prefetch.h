@@ -19,6 +19,7 @@ class Prefetch {
   };
 
   void clear() { size_ = next_ = 0; }
+  bool empty() const { return next_ == size_; }
 
   // `rows` rows of `bytes`, `stride` bytes apart.
   void add(const void* first, int64_t stride, int64_t rows, int64_t bytes) {

@@ -102,10 +102,10 @@ void fetch_rows(Prefetch& ahead, const HeadTensor& t, int64_t b, int64_t h, int6
 }
 
 template <typename T>
-void fetch_keys(Prefetch& ahead, const TimestepAttentionArgs& a, int64_t b, int64_t h) {
-  fetch_rows<T>(ahead, a.k, b, h, 0, a.keys, a.dim);
-  if (!a.timesteps) fetch_rows<T>(ahead, a.tau, b, h, 0, a.keys, a.dim);
-  fetch_rows<T>(ahead, a.v, b, h, 0, a.keys, a.dim);
+void fetch_keys(Prefetch& ahead, const TimestepAttentionArgs& a, int64_t b, int64_t h, int64_t j0, int64_t n) {
+  fetch_rows<T>(ahead, a.k, b, h, j0, n, a.dim);
+  if (!a.timesteps) fetch_rows<T>(ahead, a.tau, b, h, j0, n, a.dim);
+  fetch_rows<T>(ahead, a.v, b, h, j0, n, a.dim);
 }
 
 template <typename T>
@@ -123,8 +123,8 @@ struct Sizes {
 
 // The keys of one head that the mask keeps.
 struct Keys {
-  int64_t count = 0;
-  int32_t* index;   // [count] position of each
+  int64_t count = 0, gathered = 0;
+  int32_t* index;   // [count] position of each; the rest is there for the first `gathered` keys
   float* sum;       // [count][padded]: k + tau, or the turned k
   float* value;     // [count][padded]
   float* bias;      // [count]: the score's per-key term
@@ -164,18 +164,23 @@ PDS_INLINE void gather_row(const Sizes& s, const T* row, const T* turned_by, flo
   }
 }
 
+inline void select_keys(const TimestepAttentionArgs& a, int64_t b, Keys& keys) {
+  keys.count = keys.gathered = 0;
+  for (int64_t j = 0; j < a.keys; ++j)
+    if (!a.key_mask || a.key_mask[b * a.keys + j]) keys.index[keys.count++] = static_cast<int32_t>(j);
+}
+
+// Gathers the selected keys of a head up to number `end`.
 template <typename T>
-void gather_keys(const TimestepAttentionArgs& a, const Sizes& s, int64_t b, int64_t h, Keys& keys) {
+void gather_keys(const TimestepAttentionArgs& a, const Sizes& s, int64_t b, int64_t h, int64_t end, Keys& keys) {
   const T *u = head_row<T>(a.u, h, a.dim), *w = head_row<T>(a.w, h, a.dim);
-  keys.count = 0;
-  for (int64_t j = 0; j < a.keys; ++j) {
-    if (a.key_mask && !a.key_mask[b * a.keys + j]) continue;
+  for (int64_t& at = keys.gathered; at < end; ++at) {
+    const int64_t j = keys.index[at];
     const T *k = row_of<T>(a.k, b, j, h), *tau = a.tau.data ? tau_row<T>(a, b, j, h) : nullptr;
-    float* sum = keys.sum + keys.count * s.padded;
+    float* sum = keys.sum + at * s.padded;
     if (a.rotary) gather_row(s, k, tau, sum);
-    else keys.bias[keys.count] = a.scale * gather_key(s, k, tau, u, w, sum);
-    gather_row(s, row_of<T>(a.v, b, j, h), a.rotary ? tau : nullptr, keys.value + keys.count * s.padded);
-    keys.index[keys.count++] = static_cast<int32_t>(j);
+    else keys.bias[at] = a.scale * gather_key(s, k, tau, u, w, sum);
+    gather_row(s, row_of<T>(a.v, b, j, h), a.rotary ? tau : nullptr, keys.value + at * s.padded);
   }
 }
 

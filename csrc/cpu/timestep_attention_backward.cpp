@@ -107,7 +107,7 @@ void plan_fetches(const TimestepAttentionArgs& a, Prefetch& ahead, int64_t b, in
     if (++h == a.heads) h = 0, ++b;
     if (b == a.batch) return;
     i0 = 0;
-    fetch_keys<T>(ahead, a, b, h);
+    fetch_keys<T>(ahead, a, b, h, 0, a.keys);
   }
   const int64_t n = std::min(kQueryBlock, a.queries - i0);
   for (const HeadTensor& t : {a.q, a.grad_out, tokens_apart(a, a.grad_q, a.queries, a.grad_q_token)})
@@ -228,7 +228,8 @@ void backward(const TimestepAttentionArgs& a) {
     Workspace ws(a, sizes);
     for (int64_t head = begin; head < end; ++head) {
       const int64_t b = head / a.heads, h = head % a.heads;
-      gather_keys<T>(a, sizes, b, h, ws.keys);
+      select_keys(a, b, ws.keys);
+      gather_keys<T>(a, sizes, b, h, ws.keys.count, ws.keys);
       std::fill_n(ws.key_sums, ws.keys.count * kWidth, 0.f);
       if (a.rotary) std::fill_n(ws.grad_turns, a.keys * sizes.padded, 0.f);
       for (int64_t i0 = 0; i0 < a.queries; i0 += kQueryBlock)

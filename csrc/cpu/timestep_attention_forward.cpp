@@ -93,38 +93,49 @@ void write_rows(const TimestepAttentionArgs& a, const Sizes& s, int64_t b, int64
   }
 }
 
-// What the next block reads and writes, of this head or the one after it.
+// What the block of queries after this one reads and writes; where it is the next head's, `keys` keys of that as well.
 template <typename T>
-void plan_fetches(const TimestepAttentionArgs& a, Prefetch& ahead, int64_t b, int64_t h, int64_t i0) {
+void plan_fetches(const TimestepAttentionArgs& a, Prefetch& ahead, int64_t b, int64_t h, int64_t i0, int64_t keys) {
   ahead.clear();
   i0 += kQueryBlock;
   if (i0 >= a.queries) {
     if (++h == a.heads) h = 0, ++b;
     if (b == a.batch) return;
     i0 = 0;
-    fetch_keys<T>(ahead, a, b, h);
+    fetch_keys<T>(ahead, a, b, h, 0, keys);
   }
   const int64_t n = std::min(kQueryBlock, a.queries - i0);
   fetch_rows<T>(ahead, a.q, b, h, i0, n, a.dim);
   fetch_rows<T>(ahead, tokens_apart(a, a.out, a.queries, a.heads * a.dim), b, h, i0, n, a.dim);
 }
 
+// The keys up to number `end` that are still to be gathered.
+template <typename T>
+void plan_key_fetches(const TimestepAttentionArgs& a, Prefetch& ahead, const Keys& keys, int64_t b, int64_t h, int64_t end) {
+  ahead.clear();
+  if (keys.gathered >= end) return;
+  const int64_t first = keys.index[keys.gathered];
+  fetch_keys<T>(ahead, a, b, h, first, keys.index[end - 1] + 1 - first);
+}
+
 template <typename T>
 void attend_block(const TimestepAttentionArgs& a, const Sizes& s, Workspace& ws, int64_t b, int64_t h, int64_t i0) {
   const int64_t n = std::min(kQueryBlock, a.queries - i0), lanes = align_up(n, kWidth);
-  const Keys& keys = ws.keys;
+  Keys& keys = ws.keys;
   float* lse_out = a.lse + (b * a.heads + h) * a.queries + i0;
   if (keys.count == 0) {
     std::fill_n(lse_out, n, -std::numeric_limits<float>::infinity());
     return write_rows<T>(a, s, b, h, i0, n, nullptr, nullptr);
   }
-  plan_fetches<T>(a, ws.ahead, b, h, i0);
   gather_rows<T>(a, s, a.q, a.rotary, b, h, i0, n, lanes, ws.rows);
   transpose(ws.rows, lanes, s.padded, a.scale, ws.columns);
   const auto add = a.drop_threshold ? &add_keys<true> : &add_keys<false>;
   const int64_t blocks = (keys.count + kKeyBlock - 1) / kKeyBlock;
   for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t j0 = keys.count * block / blocks, count = keys.count * (block + 1) / blocks - j0;
+    const int64_t j0 = keys.count * block / blocks, j1 = keys.count * (block + 1) / blocks, count = j1 - j0;
+    gather_keys<T>(a, s, b, h, j1, keys);
+    if (block + 1 == blocks) plan_fetches<T>(a, ws.ahead, b, h, i0, std::min(kKeyBlock, a.keys));
+    else plan_key_fetches<T>(a, ws.ahead, keys, b, h, keys.count * (block + 2) / blocks);
     multiply<false>(count, lanes, {s.dim, s.padded, lanes, lanes, false, s.bias ? keys.bias + j0 : nullptr},
                     keys.sum + j0 * s.padded, ws.columns, ws.scores, ws.ahead);
     const bool grew = add(a, keys, j0, count, lanes, b * a.heads + h, i0, ws.scores, ws.softmax);
@@ -141,7 +152,7 @@ template <typename T>
 class FloatForward {
  public:
   explicit FloatForward(const TimestepAttentionArgs& args) : a(args), s(args), ws(args, s) {}
-  void gather(int64_t b, int64_t h) { gather_keys<T>(a, s, b, h, ws.keys); }
+  void begin(int64_t b, int64_t) { select_keys(a, b, ws.keys); }
   void attend(int64_t b, int64_t h, int64_t i0) { attend_block<T>(a, s, ws, b, h, i0); }
 
  private:
@@ -155,13 +166,13 @@ class FloatForward {
 class AmxForward {
  public:
   explicit AmxForward(const TimestepAttentionArgs& args) : a(args), few(args), many(args) {}
-  void gather(int64_t b, int64_t h) {
+  void begin(int64_t b, int64_t h) {
     pairs = use_pairs(count_keys(a, b));
-    pairs ? many.gather(b, h) : few.gather(b, h);
+    pairs ? many.gather(b, h) : few.begin(b, h);
   }
   void attend(int64_t b, int64_t h, int64_t i0) {
     if (!pairs) return few.attend(b, h, i0);
-    plan_fetches<uint16_t>(a, ahead, b, h, i0);
+    plan_fetches<uint16_t>(a, ahead, b, h, i0, a.keys);
     many.attend(b, h, i0, ahead);
   }
 
@@ -182,7 +193,7 @@ void forward(const TimestepAttentionArgs& a) {
     Kernel kernel(a);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t head = task / parts, part = task % parts, b = head / a.heads, h = head % a.heads;
-      if (task == begin || part == 0) kernel.gather(b, h);
+      if (task == begin || part == 0) kernel.begin(b, h);
       for (int64_t block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block)
         kernel.attend(b, h, block * kQueryBlock);
     }
