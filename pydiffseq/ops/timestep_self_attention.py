@@ -12,6 +12,7 @@ from pydiffseq.ops.timestep_attention import (
     check_rotation,
     cuda_backward_into,
     dropout_key,
+    forward_cpu,
     fused_rotation,
     rotary_timestep_attention,
     use_cuda,
@@ -88,6 +89,10 @@ def _forward(qkv, *arguments):
     return torch.ops.pydiffseq.timestep_attention.default(*qkv.unbind(2), *arguments)
 
 
+def _forward_cpu(qkv, *arguments):
+    return forward_cpu(*qkv.unbind(2), *arguments)
+
+
 def _backward_by_parts(grad_out, qkv, *arguments):
     grads = torch.ops.pydiffseq.timestep_attention_backward.default(grad_out, *qkv.unbind(2), *arguments)
     return torch.stack(grads[:3], 2), *grads[3:]
@@ -109,6 +114,7 @@ def _backward_cuda(grad_out, qkv, tau, u, w, timesteps, key_mask, seed, out, lse
     return grad_qkv, *cuda_backward_into(grad_qkv.unbind(2), grad_out, *qkv.unbind(2), *arguments)
 
 
+library.impl("timestep_self_attention", _forward_cpu, "CPU")
 library.impl("timestep_self_attention", _forward, "CompositeExplicitAutograd")
 library.impl("timestep_self_attention_backward", _backward_cuda, "CUDA")
 library.impl("timestep_self_attention_backward", _backward_cpu, "CPU")
