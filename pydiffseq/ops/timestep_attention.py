@@ -212,18 +212,16 @@ def backward_into(grads, grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed
     grad_tau = None if tau is None or table else q.new_empty(k.shape)
     grad_rows = q.new_empty(k.shape, dtype=torch.float32) if table else None
     grad_table = q.new_empty(tau.shape, dtype=torch.float32) if table else None
-    biases = q.new_empty((2, q.shape[0], *q.shape[2:]), dtype=torch.float32)
-    grad_u, grad_w = (None if x is None else grad for x, grad in zip((u, w), biases, strict=True))
+    biases = (q.shape[0], *q.shape[2:])
+    grad_u = None if u is None else q.new_empty(biases, dtype=torch.float32)
+    grad_w = None if w is None else q.new_empty(biases, dtype=torch.float32)
     written = (*grads, grad_tau, grad_rows, grad_table, grad_u, grad_w)
     grad_out, grad_out_heads = _heads(grad_out)
     C.timestep_attention_backward(
         *arguments, grad_out_heads, (*(pointer(g) for g in written), grads[0].stride(1), grads[1].stride(1)))
     if table:
         grad_tau = grad_table.to(q.dtype)
-    if grad_u is None and grad_w is None:
-        return grad_tau, None, None
-    sums = biases.sum(1)
-    return grad_tau, *(None if x is None else grad.to(q.dtype) for x, grad in zip((u, w), sums, strict=True))
+    return grad_tau, *(None if g is None else g.sum(0).to(q.dtype) for g in (grad_u, grad_w))
 
 
 # --- CUDA kernels (csrc/cuda/timestep_attention_*.cu) ---
