@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pydiffseq.ops import _extension, linear_cross_entropy, reference
+from pydiffseq.ops import _extension, linear_cross_entropy, linear_logsumexp, reference
 
 ISAS = ["baseline", "avx2", "avx512", "avx512_bf16", "amx"]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -206,3 +206,15 @@ def test_errors(change, error, message):
         message = ""
     with pytest.raises(error, match=message):
         linear_cross_entropy(**arguments)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("bias", [True, False])
+def test_logsumexp_matches_float64(dtype, bias):
+    x, table, bias_, _ = inputs(30, 16, 300, dtype, bias)
+    got = linear_logsumexp(x.requires_grad_(), table, bias_)
+    want = F.linear(x.double(), table.double(), None if bias_ is None else bias_.double()).logsumexp(-1)
+    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and not got.requires_grad
+    torch.testing.assert_close(got.double(), want.detach(), rtol=1e-5, atol=3e-5)
+    with pytest.raises(ValueError, match=r"x must have shape \[M, d\], got \[16\]"):
+        linear_logsumexp(x[0], table, bias_)
