@@ -381,7 +381,8 @@ def row(case: dict[str, Any], name: str, result: dict[str, Any], ours: float | N
 MAKERS = (attention_cases, nearest_cases, noise_cases, cross_entropy_cases, elementwise_cases)
 
 
-FAMILIES = ("noise", "dropout", "geglu", "nearest", "cross_entropy", "timestep_attention")
+FAMILIES = ("noise", "dropout", "geglu", "nearest", "cross_entropy", "timestep_attention",
+            "packed_timestep_attention")
 
 
 def verdict(family: str) -> bool:

@@ -180,7 +180,8 @@ def exercise() -> int:
     from pydiffseq.ops import _cuda
 
     device, failed = torch.device("cuda", 0), 0
-    for family in ("noise", "dropout", "geglu", "nearest", "cross_entropy", "timestep_attention"):
+    for family in ("noise", "dropout", "geglu", "nearest", "cross_entropy", "timestep_attention",
+                   "packed_timestep_attention"):
         for name, kernel, reference, *tolerance in sys.modules[f"pydiffseq.ops.{family}"]._cuda_cases(device):
             good = _cuda._same(kernel(), reference(), *tolerance)
             torch.cuda.synchronize()

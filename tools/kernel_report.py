@@ -25,7 +25,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ("80", "86", "89", "90a", "100")
 MATRIX_KERNELS = ("attention_forward_kernel", "attention_grad_query_kernel", "attention_grad_key_kernel",
-                  "nearest_filter_kernel", "cross_entropy_forward_kernel", "cross_entropy_gradient_kernel")
+                  "attention_grad_short_kernel", "nearest_filter_kernel", "cross_entropy_forward_kernel",
+                  "cross_entropy_gradient_kernel")
 FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-lineinfo", "-Icsrc", "-DPDS_X86=1",
          "-Xcompiler=-Wall,-Wextra,-Wno-unknown-pragmas", "-Xptxas=-v"]
 

@@ -42,6 +42,12 @@ inline TimestepAttentionArgs common_args(const pybind11::tuple& sizes, bool bf16
   return a;
 }
 
+// Addresses of the offsets of packed sentences' queries and keys, or 0.
+inline void set_offsets(TimestepAttentionArgs& a, const pybind11::tuple& offsets) {
+  a.query_offsets = pointer<const int64_t>(offsets[0].cast<Address>());
+  a.key_offsets = pointer<const int64_t>(offsets[1].cast<Address>());
+}
+
 // grads = (q, k, v, tau, tau rows, table, u, w), 0 where not wanted
 inline void set_gradients(TimestepAttentionArgs& a, const pybind11::tuple& grads) {
   const auto address = [&](int i) { return grads[i].cast<Address>(); };

@@ -1,6 +1,6 @@
 // Arguments of attention with a timestep per token (spec "txl" form of AR-Diffusion):
 //   score_ij = scale * ((q_i + u) . k_j + (q_i + w) . tau_j) = scale * (q_i . (k_j + tau_j) + u . k_j + w . tau_j),
-// or (CPU only) of the "rotary" form, where tau turns q, k and v: cpu/timestep_attention_rotary.h.
+// or of the "rotary" form, where tau turns q, k and v: cpu/timestep_attention_rotary.h.
 #pragma once
 #include <cstdint>
 
@@ -15,7 +15,12 @@ struct HeadTensor {
 };
 
 struct TimestepAttentionArgs {
-  int64_t batch, heads, queries, keys, dim;
+  int64_t batch, heads, queries, keys, dim;   // of packed sentences: the most queries and keys of a sentence
+  // Sentences without padding between them: sentence b has the tokens offsets[b] .. offsets[b + 1] - 1 of tensors without
+  // a batch dimension (stride 0), and its part of lse is [heads, queries]. Null: none are packed. For CUDA; the CPU's
+  // binding calls the kernel for one sentence after the other.
+  const int64_t *query_offsets, *key_offsets;   // [batch + 1]
+  int64_t first_head;           // what dropout adds to batch * heads + head
   bool bf16;
   float scale;
   HeadTensor q, k, v;
@@ -35,14 +40,14 @@ struct TimestepAttentionArgs {
   void *grad_q, *grad_k, *grad_v;
   int64_t grad_q_token, grad_k_token;   // elements from one token to the next
   void* grad_tau;               // [batch, keys, heads, dim], or null
-  float* grad_tau_rows;         // for a table: the same as float, scattered into grad_table afterwards
-  float* grad_table;            // [table_rows, heads, dim]
+  float* grad_tau_rows;         // for a table: the same as float, scattered into grad_table afterwards; rotary: workspace
+  float* grad_table;            // [table_rows, heads, dim], or null: the caller adds up grad_tau_rows
   int64_t table_rows;
   float *grad_u, *grad_w;       // [batch, heads, dim] or null
 };
 
-// Dropout bits: the Philox block with counter (key / 8, kAttentionStream, query, batch * heads + head) serves 8
-// consecutive keys, two per word, lower half first.
+// Dropout bits: the Philox block with counter (key / 8, kAttentionStream, query, first_head + batch * heads + head) serves
+// 8 consecutive keys, two per word, lower half first.
 constexpr uint32_t kAttentionStream = (2u << 24) | 1u;   // NoiseStream::dropout, step 1 (step 0 is ops.dropout)
 constexpr float kDropUnit = 1.0f / 65536.0f;
 

@@ -264,7 +264,7 @@ PDS_INLINE void multiply_wide(vuint a, uint32_t m, vuint& high, vuint& low) {
 class DropoutLanes {
  public:
   DropoutLanes(const TimestepAttentionArgs& a, int64_t head, int64_t query)
-      : seed_(a.seed), head_(static_cast<uint32_t>(head)), threshold_(vuint{} + a.drop_threshold) {
+      : seed_(a.seed), head_(static_cast<uint32_t>(a.first_head + head)), threshold_(vuint{} + a.drop_threshold) {
     for (int i = 0; i < kWidth; ++i) query_[i] = static_cast<uint32_t>(query + i);
   }
   PDS_INLINE vint keep(int64_t key) {

@@ -237,7 +237,7 @@ void backward(const TimestepAttentionArgs& a) {
       finish_head<T>(a, sizes, ws, b, h);
     }
   });
-  if (a.grad_tau_rows) scatter_table(a);
+  if (a.grad_table) scatter_table(a);
 }
 
 }  // namespace

@@ -49,6 +49,14 @@ __device__ __forceinline__ float fast_exp2(float x) {
 #endif
 }
 
+// x, as a value of which the compiler knows nothing: what depends on it is computed here and not kept in registers from before.
+__device__ __forceinline__ int computed_anew(int x) {
+#ifndef PDS_CUDA_EMULATION
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 struct Grid {
   int64_t blocks;
   int threads;

@@ -105,6 +105,10 @@ struct Tile {
   static __device__ __forceinline__ void load_a(SharedAddress tile, int first, int k, int lane, uint32_t a[4]) {
     load_matrices(tile + offset(first + (lane & 15), 2 * k + (lane >> 4)), a);
   }
+  // The a-fragment of the tile's transpose: rows are the columns first .. first + 15, columns the rows 16 k .. 16 k + 15.
+  static __device__ __forceinline__ void load_a_transposed(SharedAddress tile, int first, int k, int lane, uint32_t a[4]) {
+    load_matrices_transposed(tile + offset(16 * k + (lane & 7) + ((lane >> 4) << 3), first / 8 + ((lane >> 3) & 1)), a);
+  }
   // The b-fragments (two words each) of the tile's transpose: columns n are the rows first .. first + 15, k as above.
   static __device__ __forceinline__ void load_b(SharedAddress tile, int first, int k, int lane, uint32_t b[4]) {
     load_matrices(tile + offset(first + (lane & 7) + ((lane >> 4) << 3), 2 * k + ((lane >> 3) & 1)), b);

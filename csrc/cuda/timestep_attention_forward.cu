@@ -8,10 +8,10 @@ namespace {
 template <int D>
 struct ForwardLayout {   // of shared memory, bytes
   static constexpr int q = 0;
-  static constexpr int keys = Tile<D>::bytes(kAttentionRows);
-  static constexpr int biases = keys + 2 * KeyTiles<D, kWalk<D>>::kBytes;
+  static constexpr int biases = Tile<D>::bytes(kAttentionRows);
   static constexpr int terms = biases + 2 * D * 4;
-  static constexpr int total = terms + kWalk<D> * 4;
+  static constexpr int keys = terms + kWalk<D> * 4;
+  static constexpr int total(int64_t stages) { return keys + static_cast<int>(stages) * KeyTiles<D, kWalk<D>>::kBytes; }
 };
 
 // Running softmax of the two rows of a thread, in units of log 2.
@@ -56,8 +56,12 @@ struct Softmax {
   }
 };
 
-template <typename T, int D, bool kDropout>
-__global__ void __launch_bounds__(kAttentionThreads)
+// What fits into the registers without spills.
+template <int D, Form kForm>
+constexpr int kBlocksPerProcessor = D <= 64 ? 4 : 3;
+
+template <typename T, int D, Form kForm>
+__global__ void __launch_bounds__(kAttentionThreads, kBlocksPerProcessor<D, kForm>)
 attention_forward_kernel(const __grid_constant__ TimestepAttentionArgs a, const int64_t* device_seed) {
   constexpr int kKeys = kWalk<D>, kBlocks = kKeys / 8;
   using Layout = ForwardLayout<D>;
@@ -67,42 +71,42 @@ attention_forward_kernel(const __grid_constant__ TimestepAttentionArgs a, const 
   float* terms = reinterpret_cast<float*>(shared + Layout::terms);
   const SharedAddress q_tile = shared_address(shared + Layout::q);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const Head head(static_cast<int>(a.heads), static_cast<int>((a.queries + kAttentionRows - 1) / kAttentionRows));
+  const Head head(a, a.queries);
   const int first = head.tile * kAttentionRows, query = first + 16 * warp + lane / 4;
-  const int tiles = static_cast<int>((a.keys + kKeys - 1) / kKeys);
-  const float scale = a.scale * kLog2E;
+  if (first >= head.queries) return;
   const DropoutKey dropout(a, device_seed, head);
 
-  uint32_t q[D / 16][4];
   float out[D / 8][4];
   Softmax softmax;
   clear<D / 8>(out);
-  load_rows<T, D, kAttentionRows>(q_tile, a.q, head, first, a.queries, a.dim);
+  load_rows<T, D, kAttentionRows>(q_tile, query_rows<T>(a, a.q, head), first, a.dim);
   const auto load = [&](unsigned char* stage, int j) {
-    load_keys<T, D, kKeys>(Keys(shared_address(stage)), a, head, j * kKeys);
+    load_keys<T, D, kKeys>(Keys(shared_address(stage)), a, head.anew(), j * kKeys);
   };
   const auto meanwhile = [&] {
     load_biases<T, D>(biases, a, head);
     return true;
   };
-  walk_tiles<Keys::kBytes>(shared + Layout::keys, tiles, load, meanwhile, [&](unsigned char* stage, int j) {
-    if (j == 0) {
-#pragma unroll
-      for (int k = 0; k < D / 16; ++k) Tile<D>::load_a(q_tile, 16 * warp, k, lane, q[k]);
+  walk_tiles<Keys::kBytes>(shared + Layout::keys, (head.keys + kKeys - 1) / kKeys, load, meanwhile,
+                           [&](unsigned char* stage, int j) {
+    if (kForm == Form::rotary) {
+      if (j == 0) rotate_queries<T, D, kAttentionRows>(shared + Layout::q, a, head, first);
+      rotate_keys<T, D, kKeys>(stage, a);
     }
-    const bool keep = key_terms<T, D, kKeys>(stage, biases, a, head, j * kKeys, scale, terms);
-    if (__syncthreads_or(keep) == 0) return;
+    if (__syncthreads_or(key_terms<T, D, kKeys>(stage, biases, a, head, j * kKeys, terms)) == 0) return;
     const Keys keys(shared_address(stage));
     float scores[kBlocks][4];
     clear<kBlocks>(scores);
 #pragma unroll
     for (int k = 0; k < D / 16; ++k) {
-      multiply_transposed<T, D, kKeys>(scores, q[k], keys.k, k, lane);
-      if (a.tau.data != nullptr) multiply_transposed<T, D, kKeys>(scores, q[k], keys.tau, k, lane);
+      uint32_t q[4];   // again for every tile: kept, they would take too many registers
+      Tile<D>::load_a(q_tile, 16 * warp, k, lane, q);
+      multiply_transposed<T, D, kKeys>(scores, q, keys.k, k, lane);
+      if (adds_time<kForm>(a)) multiply_transposed<T, D, kKeys>(scores, q, keys.tau, k, lane);
     }
-    softmax.template update<kBlocks, D / 8>(scores, out, terms, scale, lane);
-    if (kDropout) {
-      const uint32_t survive = survivors_by_query<kBlocks>(dropout, query, j * kKeys, lane);
+    softmax.template update<kBlocks, D / 8>(scores, out, terms, a.scale * kLog2E, lane);
+    if (drops(kForm)) {
+      const uint32_t survive = survivors_by_query<kForm, kBlocks>(dropout, query, j * kKeys, lane);
 #pragma unroll
       for (int n = 0; n < kBlocks; ++n)
 #pragma unroll
@@ -115,15 +119,14 @@ attention_forward_kernel(const __grid_constant__ TimestepAttentionArgs a, const 
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float sum = sum_over_quad(softmax.sum[half]);
-    factors[half] = sum == 0.f ? 0.f : (kDropout ? dropout.factor : 1.f) / sum;
-    const int64_t row = query + 8 * half;
-    if ((lane & 3) == 0 && row < a.queries)
-      a.lse[(head.b * a.heads + head.h) * a.queries + row] =
+    factors[half] = sum == 0.f ? 0.f : (drops(kForm) ? dropout.factor() : 1.f) / sum;
+    const int row = query + 8 * half;
+    if ((lane & 3) == 0 && row < head.queries)
+      a.lse[head.sum_at(a.heads, row)] =
           sum == 0.f ? __int_as_float(0xFF800000) : (softmax.top[half] + log2f(sum)) * kLn2;
   }
-  store_rows<T, D>(shared + Layout::q, out, factors,
-                   static_cast<T*>(a.out) + (head.b * a.queries * a.heads + head.h) * a.dim, a.heads * a.dim, first,
-                   a.queries, a.dim);
+  store_rows<T, D>(shared + Layout::q, out, factors, static_cast<T*>(a.out) + (head.first_query * a.heads + head.h) * a.dim,
+                   a.heads * a.dim, first, head.queries, a.dim);
 }
 
 }  // namespace
@@ -132,12 +135,13 @@ Status timestep_attention_forward(const TimestepAttentionArgs& args, const int64
   int processors = 0;
   const cudaError_t status = enter_device(launch.device, processors);
   if (status != cudaSuccess) return status;
-  return for_type_and_dim(launch.dtype, args.dim, [&](auto zero, auto dim) {
+  return for_kernel(args, launch.dtype, [&](auto zero, auto dim, auto form) {
     using T = decltype(zero);
     constexpr int D = decltype(dim)::value;
-    const Grid grid{args.batch * args.heads * attention_tiles(args.queries), kAttentionThreads, ForwardLayout<D>::total};
-    return args.drop_threshold == 0 ? start(&attention_forward_kernel<T, D, false>, grid, launch, args, device_seed)
-                                    : start(&attention_forward_kernel<T, D, true>, grid, launch, args, device_seed);
+    const int64_t stages = args.keys <= kWalk<D> ? 1 : 2;   // one tile needs no second place: more blocks fit
+    const Grid grid{args.batch * args.heads * attention_tiles(args.queries), kAttentionThreads,
+                    static_cast<size_t>(ForwardLayout<D>::total(stages))};
+    return start(&attention_forward_kernel<T, D, decltype(form)::value>, grid, launch, args, device_seed);
   });
 }
 

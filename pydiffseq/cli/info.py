@@ -29,6 +29,7 @@ KERNELS = {
     "nearest": "nearest_search",
     "linear_cross_entropy": "cross_entropy_forward",
     "timestep_attention": "timestep_attention_forward",
+    "packed_timestep_attention": "timestep_attention_forward",
     "rotary_timestep_attention": "timestep_attention_forward",
     "timestep_self_attention": "timestep_attention_forward",
     "rotary_timestep_self_attention": "timestep_attention_forward",

@@ -221,6 +221,61 @@ def timestep_attention_backward(
     return finish(grad_q), finish(grad_k), finish(grad_v), finish(grad_tau), finish(grad_u), finish(grad_w)
 
 
+class _Packing:
+    """Moves tokens between [tokens, ...] and [sentences, longest, ...], where zeros pad, without waiting for a device."""
+
+    def __init__(self, offsets: Tensor, tokens: int, longest: int) -> None:
+        at = torch.arange(tokens, device=offsets.device)
+        self.sentence = torch.searchsorted(offsets[1:].contiguous(), at, right=True).clamp_max(offsets.shape[0] - 2)
+        self.start = offsets[self.sentence]
+        self.position = (at - self.start).clamp_max(longest - 1)
+        self.lengths = offsets[1:] - offsets[:-1]
+        self.shape = (offsets.shape[0] - 1, longest)
+        self.mask = torch.arange(longest, device=offsets.device) < self.lengths[:, None]
+
+    def pad(self, x: Tensor) -> Tensor:
+        return x.new_zeros((*self.shape, *x.shape[1:])).index_put((self.sentence, self.position), x)
+
+    def take(self, padded: Tensor) -> Tensor:
+        return padded[self.sentence, self.position]
+
+    def sum_at(self, heads: int) -> Tensor:
+        """[tokens, heads]: where the log-sum-exps lie, sentence by sentence [heads, queries]."""
+        head = torch.arange(heads, device=self.start.device) * self.lengths[self.sentence][:, None]
+        return (self.start * heads + self.position)[:, None] + head
+
+
+def _pad_sentences(q, k, v, tau, offsets, key_offsets, timesteps, longest, longest_key):
+    of_queries = _Packing(offsets, q.shape[0], longest)
+    of_keys = _Packing(key_offsets, k.shape[0], longest_key)
+    tau = tau if tau is None or timesteps is not None else of_keys.pad(tau)
+    timesteps = None if timesteps is None else of_keys.pad(timesteps)
+    return of_queries, of_keys, of_queries.pad(q), of_keys.pad(k), of_keys.pad(v), tau, timesteps
+
+
+def packed_timestep_attention(q, k, v, tau, u, w, offsets, key_offsets, timesteps, seed, longest, longest_key, dropout_p,
+                              scale) -> tuple[Tensor, Tensor]:
+    """Output [queries, H, D] and log-sum-exp; see :func:`pydiffseq.ops.packed_timestep_attention`."""
+    of_queries, of_keys, *padded, tau, timesteps = _pad_sentences(
+        q, k, v, tau, offsets, key_offsets, timesteps, longest, longest_key)
+    out, lse = timestep_attention(*padded, tau, u, w, timesteps, of_keys.mask, seed, dropout_p, scale)
+    packed = lse.new_empty(q.shape[0] * q.shape[1])
+    packed[of_queries.sum_at(q.shape[1])] = of_queries.take(lse.transpose(1, 2))
+    return of_queries.take(out), packed
+
+
+def packed_timestep_attention_backward(grad_out, q, k, v, tau, u, w, offsets, key_offsets, timesteps, seed, out, lse,
+                                       longest, longest_key, dropout_p, scale):
+    of_queries, of_keys, *padded, time, timesteps = _pad_sentences(
+        q, k, v, tau, offsets, key_offsets, timesteps, longest, longest_key)
+    sums = of_queries.pad(lse[of_queries.sum_at(q.shape[1])]).transpose(1, 2)
+    grad_q, grad_k, grad_v, grad_tau, *biases = timestep_attention_backward(
+        of_queries.pad(grad_out), *padded, time, u, w, timesteps, of_keys.mask, seed, padded[0], sums, dropout_p, scale)
+    if grad_tau is not None and timesteps is None:
+        grad_tau = of_keys.take(grad_tau)
+    return of_queries.take(grad_q), of_keys.take(grad_k), of_keys.take(grad_v), grad_tau, *biases
+
+
 def rotate_pairs(x: Tensor, rotation: Tensor) -> Tensor:
     """(x1 c - x2 s, x2 c + x1 s) for each interleaved pair of the last dimension; c, s = the halves of ``rotation``."""
     cos, sin = rotation.chunk(2, -1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -76,24 +78,10 @@ def rotary_timestep_attention(q: Tensor, k: Tensor, v: Tensor, rotation: Tensor,
     """
     q, k, v, rotation = autocast(q, k, v, rotation)
     check_rotation(q, k, v, rotation, timesteps, key_mask)
-    if not fused_rotation(q):
-        q, k, v = rotate(q, k, v, rotation, timesteps)
-        return timestep_attention(q, k, v, key_mask=key_mask, dropout_p=dropout_p, seed=seed, scale=scale)
     if scale is None:
         scale = q.shape[3] ** -0.5
     return torch.ops.pydiffseq.timestep_attention.default(
         q, k, v, rotation, None, None, timesteps, key_mask, dropout_key(dropout_p, seed), dropout_p, scale, True)[0]
-
-
-def fused_rotation(q: Tensor) -> bool:
-    """Whether the kernels for q's device rotate; where they do not, torch does."""
-    return q.device.type == "cpu"
-
-
-def rotate(q: Tensor, k: Tensor, v: Tensor, rotation: Tensor, timesteps: Tensor | None) -> list[Tensor]:
-    """q, k and v, rotated."""
-    by_token = rotation if timesteps is None else rotation[timesteps]
-    return [reference.rotate_pairs(x, by_token) for x in (q, k, v)]
 
 
 def check_rotation(q: Tensor, k: Tensor, v: Tensor, rotation: Tensor, timesteps: Tensor | None,
@@ -158,7 +146,7 @@ def _check_tokens(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[in
         raise ValueError(f"{name} must have shape {list(shape)} (batch and keys), got {list(tensor.shape)}")
 
 
-def _heads(x: Tensor | None) -> tuple[Tensor | None, tuple[int, int, int, int]]:
+def heads_of(x: Tensor | None) -> tuple[Tensor | None, tuple[int, int, int, int]]:
     """(x, address and strides of its batch, token and head dimensions); a table [R, H, D] has batch stride 0."""
     if x is None:
         return None, (0, 0, 0, 0)
@@ -171,17 +159,38 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.is_contiguous() else x.contiguous()
 
 
-def _kernel_arguments(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, rotary, lse):
+class Packed(NamedTuple):
+    """Sentences without padding between them, in tensors [tokens, H, D]."""
+
+    query_offsets: Tensor  # int64 [B + 1]: where each begins, and the end
+    key_offsets: Tensor
+    queries: int  # at most, of a sentence
+    keys: int
+
+
+def sizes_of(q: Tensor, k: Tensor, packed: Packed | None) -> tuple[int, int, int, int, int]:
+    """(sentences, heads, most queries, most keys, D)."""
+    if packed is None:
+        return q.shape[0], q.shape[2], q.shape[1], k.shape[1], q.shape[3]
+    return packed.query_offsets.shape[0] - 1, q.shape[1], packed.queries, packed.keys, q.shape[2]
+
+
+def cpu_arguments(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, rotary, lse, packed=None):
     """What both bindings take first, and the tensors that must outlive the call."""
-    heads = [_heads(x) for x in (q, k, v, tau)]
+    heads = [heads_of(x) for x in (q, k, v, tau)]
     rest = [_contiguous(x) for x in (timesteps, u, w, key_mask)]
-    sizes = (q.shape[0], q.shape[2], q.shape[1], k.shape[1], q.shape[3])
+    offsets = _offsets(packed)
     threshold = reference.attention_drop_threshold(dropout_p) if seed is not None else 0
     key = int(seed) & 0xFFFFFFFFFFFFFFFF if threshold else 0
     rows = tau.shape[0] if tau is not None and timesteps is not None else 0
-    arguments = (sizes, q.dtype == torch.bfloat16, scale, tuple(t[1] for t in heads), *(pointer(x) for x in rest),
-                 rows, key, threshold, lse.data_ptr(), rotary)
-    return arguments, (heads, rest)
+    arguments = (sizes_of(q, k, packed), q.dtype == torch.bfloat16, scale, tuple(t[1] for t in heads),
+                 *(pointer(x) for x in rest), rows, key, threshold, lse.data_ptr(), rotary,
+                 tuple(pointer(x) for x in offsets))
+    return arguments, (heads, rest, offsets)
+
+
+def _offsets(packed: Packed | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if packed is None else (packed.query_offsets.contiguous(), packed.key_offsets.contiguous())
 
 
 def forward_cpu(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale,
@@ -189,7 +198,7 @@ def forward_cpu(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale,
     if not use_kernel(q, k, v, tau, u, w):
         return reference.timestep_attention(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, rotary)
     out, lse = _forward_fake(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale)
-    arguments, _alive = _kernel_arguments(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, rotary, lse)
+    arguments, _alive = cpu_arguments(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, rotary, lse)
     C.timestep_attention_forward(*arguments, out.data_ptr())
     return out, lse
 
@@ -207,7 +216,7 @@ def backward_into(grads, grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed
     """The CPU kernel: writes ``grads``, those of q, k and v (whose heads and features are contiguous), and returns those of
     tau, u and w."""
     lse = lse.contiguous()
-    arguments, _alive = _kernel_arguments(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, rotary, lse)
+    arguments, _alive = cpu_arguments(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, rotary, lse)
     table = tau is not None and timesteps is not None
     grad_tau = None if tau is None or table else q.new_empty(k.shape)
     grad_rows = q.new_empty(k.shape, dtype=torch.float32) if table else None
@@ -216,7 +225,7 @@ def backward_into(grads, grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed
     grad_u = None if u is None else q.new_empty(biases, dtype=torch.float32)
     grad_w = None if w is None else q.new_empty(biases, dtype=torch.float32)
     written = (*grads, grad_tau, grad_rows, grad_table, grad_u, grad_w)
-    grad_out, grad_out_heads = _heads(grad_out)
+    grad_out, grad_out_heads = heads_of(grad_out)
     C.timestep_attention_backward(
         *arguments, grad_out_heads, (*(pointer(g) for g in written), grads[0].stride(1), grads[1].stride(1)))
     if table:
@@ -231,7 +240,7 @@ _KEY_BLOCK = 64  # kAttentionRows in csrc/cuda/timestep_attention.h
 
 def use_cuda(q: Tensor) -> bool:
     """Whether ``q`` is for the CUDA kernels (bfloat16 or float16, D a multiple of 8 up to 128), and they are trusted."""
-    return (q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[3] % 8 == 0 and q.shape[3] <= 128
+    return (q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
             and _cuda.compiled() and _cuda.trusted("timestep_attention", q.device, _cuda_cases))
 
 
@@ -242,25 +251,32 @@ def _aligned(x: Tensor | None) -> Tensor | None:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _cuda_arguments(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, lse, out):
+def _cuda_arguments(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, rotary, lse, out, packed):
     """What both CUDA bindings take first, and the tensors that must outlive the call."""
-    heads = [_heads(_aligned(x)) for x in (q, k, v, tau)]
+    heads = [heads_of(_aligned(x)) for x in (q, k, v, tau)]
     rest = [_contiguous(x) for x in (timesteps, u, w, key_mask)]
-    sizes = (q.shape[0], q.shape[2], q.shape[1], k.shape[1], q.shape[3])
+    offsets = _offsets(packed)
     threshold = reference.attention_drop_threshold(dropout_p) if seed is not None else 0
     rows = tau.shape[0] if tau is not None and timesteps is not None else 0
     seed, on_device = (None, False) if not threshold else _cuda.key_arguments(seed, q.device)
-    arguments = (sizes, scale, tuple(t[1] for t in heads), *(pointer(x) for x in rest), rows, threshold, lse.data_ptr(),
-                 out.data_ptr(), pointer(seed), on_device)
-    return arguments, (heads, rest, seed)
+    arguments = (sizes_of(q, k, packed), scale, tuple(t[1] for t in heads), *(pointer(x) for x in rest), rows, threshold,
+                 lse.data_ptr(), rotary, tuple(pointer(x) for x in offsets), out.data_ptr(), pointer(seed), on_device)
+    return arguments, (heads, rest, offsets, seed)
 
 
-def _forward_kernel(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale) -> tuple[Tensor, Tensor]:
-    out, lse = _forward_fake(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale)
+def _forward_kernel(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale,
+                    rotary=False) -> tuple[Tensor, Tensor]:
+    outputs = _forward_fake(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale)
+    return cuda_forward_into(outputs, q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, rotary)
+
+
+def cuda_forward_into(outputs, q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, rotary, packed=None):
+    """The CUDA kernel: writes ``outputs``, the op's, and returns them."""
+    out, lse = outputs
     arguments, _alive = _cuda_arguments(
-        q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, lse, out)
+        q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, rotary, lse, out, packed)
     _cuda.launch(C.timestep_attention_forward_cuda, q.device, *arguments, _cuda.DTYPES[q.dtype])
-    return out, lse
+    return outputs
 
 
 def _backward_kernel(grad_out, q, k, *arguments):
@@ -268,60 +284,77 @@ def _backward_kernel(grad_out, q, k, *arguments):
     return *grads, *cuda_backward_into(grads, grad_out, q, k, *arguments)
 
 
-def cuda_backward_into(grads, grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed, out, lse, dropout_p, scale):
+def cuda_backward_into(grads, grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed, out, lse, dropout_p, scale,
+                       rotary=False, packed=None):
     """The CUDA kernel: as :func:`backward_into`; the rows of ``grads`` start at multiples of 16 bytes."""
     out, lse = out.contiguous(), lse.contiguous()
-    arguments, _alive = _cuda_arguments(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, lse, out)
+    arguments, _alive = _cuda_arguments(
+        q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, rotary, lse, out, packed)
+    batch, heads, _, keys, dim = arguments[0]
     table = tau is not None and timesteps is not None
     grad_tau = None if tau is None or table else q.new_empty(k.shape)
-    grad_rows = q.new_empty(k.shape, dtype=torch.float32) if table else None
-    parts = (q.shape[0], q.shape[2], -(-k.shape[1] // _KEY_BLOCK), q.shape[3])
-    grad_u = None if u is None else q.new_empty(parts, dtype=torch.float32)
-    grad_w = None if w is None else q.new_empty(parts, dtype=torch.float32)
+    grad_rows = q.new_empty(k.shape, dtype=torch.float32) if table or rotary else None
+    # A sentence that has fewer keys than the longest leaves parts out.
+    parts = q.new_empty if packed is None else q.new_zeros
+    grad_u, grad_w = (None if bias is None else parts((batch, heads, -(-keys // _KEY_BLOCK), dim), dtype=torch.float32)
+                      for bias in (u, w))
     written = (*grads, grad_tau, grad_rows, None, grad_u, grad_w)
-    grad_out, grad_out_heads = _heads(_aligned(grad_out))
+    grad_out, grad_out_heads = heads_of(_aligned(grad_out))
     delta = torch.empty_like(lse)
     _cuda.launch(C.timestep_attention_backward_cuda, q.device, *arguments, grad_out_heads,
-                 (*(pointer(g) for g in written), grads[0].stride(1), grads[1].stride(1)), delta.data_ptr(),
+                 (*(pointer(g) for g in written), grads[0].stride(-3), grads[1].stride(-3)), delta.data_ptr(),
                  _cuda.DTYPES[q.dtype])
-    if table:  # sorts by timestep: the same bits every time
-        grad_tau = torch.ops.aten.embedding_dense_backward(
-            grad_rows.flatten(2), timesteps, tau.shape[0], -1, False).view(tau.shape).to(q.dtype)
+    if table:
+        grad_tau = sum_by_timestep(grad_rows, timesteps, tau)
     return grad_tau, *(None if g is None else g.sum((0, 2)).to(q.dtype) for g in (grad_u, grad_w))
+
+
+def sum_by_timestep(rows: Tensor, timesteps: Tensor, table: Tensor) -> Tensor:
+    """Gradient of the table from those of its rows, token by token. It sorts by timestep: the same bits every time."""
+    return torch.ops.aten.embedding_dense_backward(
+        rows.flatten(-2), timesteps, table.shape[0], -1, False).view(table.shape).to(table.dtype)
 
 
 def _cuda_cases(device: torch.device):
     """The self-check: forward and backward of every head dimension, with everything that the kernels can do."""
     for dtype, dim in ((dtype, dim) for dtype in (torch.bfloat16, torch.float16) for dim in (16, 32, 64, 96, 128)):
-        batch, heads, queries, keys, rows = 2, 2, 70, 131, 9
-        noise = reference.philox_normal(torch.tensor([dim]), 1, 1, (4 * batch * keys + rows + 2) * heads * dim, 0, None, 3,
-                                        dtype, device).flatten()
-        sizes = [batch * queries, batch * keys, batch * keys, batch * queries, rows, 1, 1]
-        q, k, v, grad, tau, u, w = noise[:sum(sizes) * heads * dim].view(-1, heads, dim).split(sizes)
-        q, k, v, grad = (x.view(batch, -1, heads, dim) for x in (q, k, v, grad))
-        timesteps = (torch.arange(batch * keys, device=device) * 5 % rows).view(batch, keys)
-        mask = torch.arange(keys, device=device) % 7 != torch.tensor([[3], [4]], device=device)
-        inputs = q, k, v, tau, u[0], w[0], timesteps, mask, torch.tensor([-7])
-        last = 0.25, dim**-0.5
-        out, lse = reference.timestep_attention(*inputs, *last)
         tolerance = 8 * torch.finfo(dtype).eps
-        yield ("timestep_attention", lambda i=inputs, z=last: _forward_kernel(*i, *z),
-               lambda o=out, e=lse: (o, e), tolerance)
-        gradient = grad, *inputs, out, lse, *last
-        yield ("timestep_attention_backward", lambda g=gradient: _backward_kernel(*g),
-               lambda g=gradient: reference.timestep_attention_backward(*g), tolerance)
+        for queries, keys, rotary in ((66, 130, False), (64, 41, False), (66, 66, True), (41, 41, True)):
+            inputs, grad = _case(device, dtype, queries, keys, dim, rotary)
+            out, lse = reference.timestep_attention(*inputs)
+            yield ("timestep_attention", lambda i=inputs: _forward_kernel(*i), lambda o=out, e=lse: (o, e), tolerance)
+            # The backward pass gets the log-sum-exp of its own forward pass: the two round rotated rows alike.
+            tensors, last = inputs[:9], inputs[9:]
+            yield ("timestep_attention_backward",
+                   lambda g=grad, t=tensors, z=last: _present(_backward_kernel(g, *t, *_forward_kernel(*t, *z), *z)),
+                   lambda g=grad, t=tensors, z=last, o=out, e=lse: _present(
+                       reference.timestep_attention_backward(g, *t, o, e, *z)), tolerance)
 
 
-def _forward_cuda(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, rotary=False):
-    arguments = q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale
-    return _forward_kernel(*arguments) if use_cuda(q) and not rotary else reference.timestep_attention(*arguments, rotary)
+def _case(device: torch.device, dtype: torch.dtype, queries: int, keys: int, dim: int, rotary: bool):
+    """The op's arguments, and a gradient of its output."""
+    batch, heads, rows = 2, 2, 9
+    sizes = [batch * queries, batch * keys, batch * keys, batch * queries, rows, 1, 1]
+    noise = reference.philox_normal(
+        torch.tensor([dim]), 1, 1, sum(sizes) * heads * dim, 0, None, 3, dtype, device)
+    q, k, v, grad, tau, u, w = noise.view(-1, heads, dim).split(sizes)
+    q, k, v, grad = (x.view(batch, -1, heads, dim) for x in (q, k, v, grad))
+    timesteps = (torch.arange(batch * keys, device=device) * 5 % rows).view(batch, keys)
+    mask = torch.arange(keys, device=device) % 7 != torch.tensor([[3], [4]], device=device)
+    biases = (None, None) if rotary else (u[0], w[0])
+    return (q, k, v, tau, *biases, timesteps, mask, torch.tensor([-7]), 0.25, dim**-0.5, rotary), grad
 
 
-def _backward_cuda(grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed, out, lse, dropout_p, scale, rotary=False):
-    arguments = grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed, out, lse, dropout_p, scale
-    if use_cuda(q) and not rotary:
-        return _backward_kernel(*arguments)
-    return reference.timestep_attention_backward(*arguments, rotary)
+def _present(grads: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    return tuple(g for g in grads if g is not None)
+
+
+def _forward_cuda(q, *arguments):
+    return (_forward_kernel if use_cuda(q) else reference.timestep_attention)(q, *arguments)
+
+
+def _backward_cuda(grad_out, q, *arguments):
+    return (_backward_kernel if use_cuda(q) else reference.timestep_attention_backward)(grad_out, q, *arguments)
 
 
 for _name, _cpu, _gpu in (("timestep_attention", forward_cpu, _forward_cuda),

@@ -13,8 +13,6 @@ from pydiffseq.ops.timestep_attention import (
     cuda_backward_into,
     dropout_key,
     forward_cpu,
-    fused_rotation,
-    rotary_timestep_attention,
     use_cuda,
 )
 
@@ -70,9 +68,6 @@ def rotary_timestep_self_attention(qkv: Tensor, rotation: Tensor, *, timesteps: 
     _check_projection(qkv)
     qkv, rotation = autocast(qkv, rotation)
     q, k, v = qkv.unbind(2)
-    if not fused_rotation(qkv):
-        return rotary_timestep_attention(q, k, v, rotation, timesteps=timesteps, key_mask=key_mask, dropout_p=dropout_p,
-                                         seed=seed, scale=scale)
     check_rotation(q, k, v, rotation, timesteps, key_mask)
     if scale is None:
         scale = qkv.shape[4] ** -0.5
@@ -106,10 +101,9 @@ def _backward_cpu(grad_out, qkv, tau, u, w, timesteps, key_mask, seed, out, lse,
                                     dropout_p, scale, rotary)
 
 
-def _backward_cuda(grad_out, qkv, tau, u, w, timesteps, key_mask, seed, out, lse, dropout_p, scale, rotary=False):
-    arguments = tau, u, w, timesteps, key_mask, seed, out, lse, dropout_p, scale
-    if rotary or not use_cuda(qkv[:, :, 0]):
-        return _backward_by_parts(grad_out, qkv, *arguments, rotary)
+def _backward_cuda(grad_out, qkv, *arguments):
+    if not use_cuda(qkv):
+        return _backward_by_parts(grad_out, qkv, *arguments)
     grad_qkv = qkv.new_empty(qkv.shape)
     return grad_qkv, *cuda_backward_into(grad_qkv.unbind(2), grad_out, *qkv.unbind(2), *arguments)
 
