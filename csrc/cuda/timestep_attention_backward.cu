@@ -46,8 +46,12 @@ __device__ __forceinline__ void compute_deltas(const TimestepAttentionArgs& a, c
   if (row < head.queries) stored[head.sum_at(a.heads, row)] = sum;
 }
 
+// Asked for where ptxas would choose fewer registers and spill; 0: its own choice.
+template <int D, Form kForm>
+constexpr int kQueryBlocks = kForm == Form::rotary ? 2 : D == 96 ? 3 - kFewerBlocks : 0;
+
 template <typename T, int D, Form kForm>
-__global__ void __launch_bounds__(kAttentionThreads, kForm == Form::rotary ? 2 : 0)
+__global__ void __launch_bounds__(kAttentionThreads, kQueryBlocks<D, kForm>)
 attention_grad_query_kernel(const __grid_constant__ TimestepAttentionArgs a, float* delta, const int64_t* device_seed) {
   constexpr int kKeys = kWalk<D>, kBlocks = kKeys / 8;
   using Layout = QueryLayout<D>;
@@ -180,8 +184,12 @@ __device__ __forceinline__ void add_queries(KeyGrads<D>& grads, const KeyTiles<D
   multiply_rows<T, D, kQueries>(grads.key, grad_p, q_tile, lane);
 }
 
+// What fits into the registers without spills.
+template <int D, Form kForm>
+constexpr int kKeyBlocks = kForm != Form::rotary && D <= (kForm == Form::plain ? 64 : 32) ? 3 - kFewerBlocks : 2;
+
 template <typename T, int D, Form kForm>
-__global__ void __launch_bounds__(kAttentionThreads, D <= 32 || (D == 64 && kForm == Form::plain) ? 3 - kFewerBlocks : 2)
+__global__ void __launch_bounds__(kAttentionThreads, kKeyBlocks<D, kForm>)
 attention_grad_key_kernel(const __grid_constant__ TimestepAttentionArgs a, const float* delta, const int64_t* device_seed) {
   constexpr int kQueries = kQueryWalk<D>;
   using Layout = KeyLayout<D>;

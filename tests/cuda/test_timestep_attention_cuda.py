@@ -6,7 +6,14 @@ import warnings
 import pytest
 import torch
 
-from pydiffseq.ops import _cuda, reference, timestep_attention, timestep_self_attention
+from pydiffseq.ops import (
+    _cuda,
+    packed_timestep_attention,
+    reference,
+    rotary_timestep_attention,
+    timestep_attention,
+    timestep_self_attention,
+)
 
 pytestmark = pytest.mark.skipif(not (torch.cuda.is_available() and _cuda.compiled()),
                                 reason="needs a GPU and the CUDA kernels")
@@ -69,6 +76,93 @@ def test_error_against_float64_is_at_most_twice_torchs(dtype, queries, keys, dim
     for our, theirs, truth in zip(ours, torchs, exact, strict=True):
         small = (our.double() - truth).norm() <= 4 * torch.finfo(dtype).eps * truth.numel() ** 0.5
         assert small or error(our, truth) <= max(2 * error(theirs, truth), 4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keys", [1024, 4096])
+def test_long_sentences(dtype, keys):
+    x, options = make(dtype, 129, keys, 64, batch=1, heads=1)
+    exact = outputs_and_grads(lambda *a: literal(*a, **options), x, torch.float64)
+    torchs = outputs_and_grads(lambda *a: literal(*a, **options), x)
+    ours = outputs_and_grads(lambda *a: timestep_attention(*a, **options), x)
+    for our, theirs, truth in zip(ours, torchs, exact, strict=True):
+        assert error(our, truth) <= max(2 * error(theirs, truth), 4 * torch.finfo(dtype).eps)
+
+
+def rotary_literal(q, k, v, rotation, timesteps, key_mask):
+    rotation = rotation if timesteps is None else rotation[timesteps]
+    q, k, v = (reference.rotate_pairs(x, rotation).transpose(1, 2) for x in (q, k, v))
+    scores = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(~key_mask[:, None, None], -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
+@pytest.mark.parametrize("tokens", [1, 7, 41, 64, 127, 300])
+@pytest.mark.parametrize("dim", [16, 32, 64, 96, 128])
+@pytest.mark.parametrize("tau", ["table", "direct"])
+def test_rotary_error_against_float64_is_at_most_twice_torchs(dtype, tokens, dim, tau):
+    x, options = make(dtype, tokens, tokens, dim, tau=tau)
+    options["key_mask"][:, 0] = True
+    del x["u"], x["w"]
+
+    def ours(*a):
+        return rotary_timestep_attention(*a, **options)
+
+    exact = outputs_and_grads(lambda *a: rotary_literal(*a, **options), x, torch.float64)
+    torchs = outputs_and_grads(lambda *a: rotary_literal(*a, **options), x)
+    for our, theirs, truth in zip(outputs_and_grads(ours, x), torchs, exact, strict=True):
+        small = (our.double() - truth).norm() <= 4 * torch.finfo(dtype).eps * truth.numel() ** 0.5
+        assert small or error(our, truth) <= max(2 * error(theirs, truth), 4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
+@pytest.mark.parametrize("lengths", [[50, 7, 64, 1], [300, 0, 41]])
+def test_packed_sentences_are_the_padded_ones(dtype, lengths):
+    x, options = make(dtype, max(lengths), max(lengths), 64, batch=len(lengths))
+    mask = torch.arange(max(lengths), device="cuda") < torch.tensor(lengths, device="cuda")[:, None]
+    tensors = [x[name][mask] if name in "qkv" else x[name] for name in x]
+    offsets = torch.tensor([0, *lengths], device="cuda").cumsum(0)
+    results = []
+    for attend, inputs, rest in (
+            (timestep_attention, [*x.values()], {"timesteps": options["timesteps"], "key_mask": mask}),
+            (packed_timestep_attention, tensors, {"timesteps": options["timesteps"][mask], "offsets": offsets})):
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        out = attend(*leaves, **rest, dropout_p=0.2, seed=5)
+        kept = out[mask] if out.dim() == 4 else out
+        grads = torch.autograd.grad(kept.float().square().sum(), leaves)
+        results.append([kept, *(g[mask] if g.dim() == 4 else g for g in grads)])
+    for padded, packed in zip(*results, strict=True):
+        assert error(packed, padded.double()) <= 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("tokens", [50, 90])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_graph_of_the_other_forms(tokens, packed):
+    x, options = make(torch.bfloat16, tokens, tokens, 64, masked=False)
+    seed, offsets = torch.tensor([5], device="cuda"), torch.tensor([0, tokens - 9, 2 * tokens], device="cuda")
+    leaves = [(x[n].flatten(0, 1) if packed and n in "qkv" else x[n]).requires_grad_() for n in ("q", "k", "v", "tau")]
+
+    def step():
+        if packed:
+            out = packed_timestep_attention(*leaves, timesteps=options["timesteps"].flatten(), offsets=offsets,
+                                            longest=tokens + 9, dropout_p=0.3, seed=seed)
+        else:
+            out = rotary_timestep_attention(*leaves, timesteps=options["timesteps"], dropout_p=0.3, seed=seed)
+        return out, *torch.autograd.grad(out.float().square().sum(), leaves)
+
+    step()  # the self-check waits for the device
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    for value in (5, 6):
+        seed.fill_(value)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(results, step(), strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
