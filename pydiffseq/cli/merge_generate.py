@@ -62,7 +62,7 @@ def read_output(path: Path) -> Output:
                 raise InputError(f"sentence {sentence} is twice in {path}, again in line {number}")
             current = sentence
             output.sentences.setdefault(sentence, []).append(line.rstrip("\n"))
-    if not output.sentences:
+    if not output.sentences and output.score is None:   # a shard may have no batch
         raise InputError(f"{path} must be the output of fairseq-generate, but has no S-, H- or D-lines")
     return output
 
@@ -85,8 +85,8 @@ def merge(outputs: Iterable[Output]) -> dict[int, list[str]]:
 
 def merged_score(outputs: list[Output], merged: dict[int, list[str]]) -> str | None:
     """The score line of all sentences, or ``None`` where there is none or it cannot be computed here."""
-    lines = [output.score for output in outputs if output.score is not None]
-    if len(outputs) == 1 or not lines:
+    lines = [output.score for output in outputs if output.score is not None and output.sentences]
+    if sum(bool(output.sentences) for output in outputs) == 1 or not lines:
         return lines[0] if lines else None
     found = SCORE.fullmatch(lines[0])
     if found is None or not found.group(2).startswith("BLEU = "):

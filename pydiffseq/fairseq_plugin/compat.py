@@ -16,8 +16,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from fairseq import options, utils
+from fairseq import options, scoring, utils
 from fairseq.data import data_utils
+from fairseq.logging.meters import StopwatchMeter
 from fairseq.models import distributed_fairseq_model
 
 from pydiffseq.errors import InputError
@@ -41,6 +42,9 @@ def apply() -> None:
         data_utils.batch_by_size = keeping_last_batch(data_utils.batch_by_size)
     if not hasattr(options.parse_args_and_arch, "__wrapped__"):
         options.parse_args_and_arch = generating_a_shard(without_implied_tpu(options.parse_args_and_arch))
+    if not hasattr(scoring.build_scorer, "__wrapped__"):
+        scoring.build_scorer = scoring_nothing(scoring.build_scorer)
+        StopwatchMeter.__init__ = started_at_a_nanosecond(StopwatchMeter.__init__)
     if not hasattr(utils.import_user_module, "__wrapped__"):
         utils.import_user_module = accept_own_user_dir(utils.import_user_module)
 
@@ -148,6 +152,43 @@ def generating_a_shard(parse: Callable) -> Callable:
         return result
 
     return parse_args_and_arch
+
+
+def scoring_nothing(build_scorer: Callable) -> Callable:
+    """Wrap ``scoring.build_scorer`` so that a shard of fairseq-generate without a batch, which has no score, says so."""
+
+    @functools.wraps(build_scorer)
+    def build(*args: typing.Any, **kwargs: typing.Any) -> typing.Any:
+        scorer = build_scorer(*args, **kwargs)
+        result_string = scorer.result_string
+        added: list[bool] = []
+        for name in ("add", "add_string"):
+            if hasattr(scorer, name):
+                setattr(scorer, name, _noting(getattr(scorer, name), added))
+        scorer.result_string = lambda *words: result_string(*words) if added else "no sentences"
+        return scorer
+
+    return build
+
+
+def _noting(function: Callable, calls: list[bool]) -> Callable:
+    @functools.wraps(function)
+    def noted(*args: typing.Any, **kwargs: typing.Any) -> typing.Any:
+        calls[:] = [True]
+        return function(*args, **kwargs)
+
+    return noted
+
+
+def started_at_a_nanosecond(initialise: Callable) -> Callable:
+    """Wrap ``StopwatchMeter.__init__``: fairseq-generate divides by the time it took, which is 0 without a batch."""
+
+    @functools.wraps(initialise)
+    def init(self: StopwatchMeter, *args: typing.Any, **kwargs: typing.Any) -> None:
+        initialise(self, *args, **kwargs)
+        self.sum = 1e-9
+
+    return init
 
 
 def keeping_last_batch(batch_by_size: Callable) -> Callable:

@@ -137,6 +137,16 @@ def test_shards_together_are_what_one_process_writes(data, trained, tmp_path, ca
     assert merged(tmp_path, capsys, *ranks) == whole
 
 
+@pytest.mark.parametrize("scoring", ["sacrebleu", "bleu"])
+def test_a_shard_without_a_batch_writes_no_sentence(data, trained, tmp_path, capsys, scoring):
+    words = ["--batch-size", 12, "--required-batch-size-multiple", 1, "--decode-steps", 1, "--scoring", scoring,
+             "--num-shards", 2, "--shard-id"]
+    full, empty = (generate(data, trained, *words, i) for i in range(2))
+    assert len(full.lines("D")) == 12 and not empty.lines("D")
+    assert empty.bleu() == "Generate test with beam=5: no sentences"
+    assert merged(tmp_path, capsys, empty.out, full.out) == merged(tmp_path, capsys, full.out)
+
+
 @pytest.mark.parametrize(("words", "message"), [
     (("--num-shards", 2, "--shard-id", 2), r"--shard-id must be in 0\.\.1 with --num-shards 2, got 2"),
     (("--noise-beam", 0), "noise_beam must be >= 1, got 0"), (("--length-beam", -1), "length_beam must be >= 1, got -1"),
