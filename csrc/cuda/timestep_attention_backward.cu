@@ -48,7 +48,7 @@ __device__ __forceinline__ void compute_deltas(const TimestepAttentionArgs& a, c
 
 // Asked for where ptxas would choose fewer registers and spill; 0: its own choice.
 template <int D, Form kForm>
-constexpr int kQueryBlocks = kForm == Form::rotary ? 2 : D == 96 ? 3 - kFewerBlocks : 0;
+constexpr int kQueryBlocks = kForm == Form::rotary ? 2 : D == 32 || D == 96 ? 3 - kFewerBlocks : 0;
 
 template <typename T, int D, Form kForm>
 __global__ void __launch_bounds__(kAttentionThreads, kQueryBlocks<D, kForm>)
@@ -125,15 +125,13 @@ attention_grad_query_kernel(const __grid_constant__ TimestepAttentionArgs a, flo
 
 // --- Gradient of the keys ---
 
-// Queries of a tile: the two accumulators of dimension D leave no registers for more.
-template <int D>
-constexpr int kQueryWalk = D < 32 ? 64 : 32;
+constexpr int kQueryWalk = 32;   // queries of a tile: the two accumulators of dimension D leave no registers for more
 
 template <int D>
 struct KeyLayout {   // of shared memory, bytes
   static constexpr int keys = 0;
   static constexpr int stages = KeyTiles<D, kAttentionRows>::kBytes;
-  static constexpr int stage = 2 * Tile<D>::bytes(kQueryWalk<D>) + 2 * kQueryWalk<D> * 4;   // q, dO, log-sum-exp, delta
+  static constexpr int stage = 2 * Tile<D>::bytes(kQueryWalk) + 2 * kQueryWalk * 4;   // q, dO, log-sum-exp, delta
   static constexpr int biases = stages + 2 * stage;
   static constexpr int terms = biases + 2 * D * 4;
   static constexpr int sums = terms + kAttentionRows * 4;
@@ -144,7 +142,7 @@ struct KeyLayout {   // of shared memory, bytes
 template <typename T, int D>
 __device__ __forceinline__ void load_queries(unsigned char* stage, const TimestepAttentionArgs& a, const float* delta,
                                              const Head& head, int first) {
-  constexpr int kRows = kQueryWalk<D>;
+  constexpr int kRows = kQueryWalk;
   load_rows<T, D, kRows>(shared_address(stage), query_rows<T>(a, a.q, head), first, a.dim);
   load_rows<T, D, kRows>(shared_address(stage + Tile<D>::bytes(kRows)), query_rows<T>(a, a.grad_out, head), first, a.dim);
   const int which = threadIdx.x / kRows, row = first + threadIdx.x % kRows;
@@ -166,7 +164,7 @@ __device__ __forceinline__ void add_queries(KeyGrads<D>& grads, const KeyTiles<D
                                             const unsigned char* stage, const float* terms,
                                             const TimestepAttentionArgs& a, const DropoutKey& dropout, int first_query,
                                             int first_key, int warp, int lane) {
-  constexpr int kQueries = kQueryWalk<D>, kBlocks = kQueries / 8;
+  constexpr int kQueries = kQueryWalk, kBlocks = kQueries / 8;
   const SharedAddress q_tile = shared_address(stage), grad_tile = q_tile + Tile<D>::bytes(kQueries);
   const float* lse = reinterpret_cast<const float*>(stage + 2 * Tile<D>::bytes(kQueries));
   // First, while the accumulators do not take registers yet.
@@ -191,7 +189,7 @@ constexpr int kKeyBlocks = kForm != Form::rotary && D <= (kForm == Form::plain ?
 template <typename T, int D, Form kForm>
 __global__ void __launch_bounds__(kAttentionThreads, kKeyBlocks<D, kForm>)
 attention_grad_key_kernel(const __grid_constant__ TimestepAttentionArgs a, const float* delta, const int64_t* device_seed) {
-  constexpr int kQueries = kQueryWalk<D>;
+  constexpr int kQueries = kQueryWalk;
   using Layout = KeyLayout<D>;
   PDS_SHARED_MEMORY(shared);
   float* biases = reinterpret_cast<float*>(shared + Layout::biases);

@@ -242,9 +242,11 @@ struct GradientStore {
   }
 };
 
-// Sentences of at most a block's rows have a kernel of their own.
+// Sentences of at most a block's rows have a kernel of their own; of rotated rows of more than 96 features it would spill.
+constexpr bool has_short_kernel(Form form, int64_t dim) { return form != Form::rotary || dim <= 96; }
 inline bool is_short(const TimestepAttentionArgs& a) {
-  return a.queries >= 1 && a.queries <= kAttentionRows && a.keys >= 1 && a.keys <= kAttentionRows;
+  const auto fits = [](int64_t rows) { return rows >= 1 && rows <= kAttentionRows; };
+  return has_short_kernel(a.rotary ? Form::rotary : Form::plain, a.dim) && fits(a.queries) && fits(a.keys);
 }
 Status timestep_attention_backward_short(const TimestepAttentionArgs& args, const int64_t* device_seed, const Launch& launch);
 

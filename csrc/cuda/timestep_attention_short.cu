@@ -165,8 +165,12 @@ Status timestep_attention_backward_short(const TimestepAttentionArgs& args, cons
   return for_kernel(args, launch.dtype, [&](auto zero, auto dim, auto form) {
     using T = decltype(zero);
     constexpr int D = decltype(dim)::value;
-    const Grid grid{args.batch * args.heads, kAttentionThreads, ShortLayout<D>::total};
-    return start(&attention_grad_short_kernel<T, D, decltype(form)::value>, grid, launch, args, device_seed);
+    constexpr Form kForm = decltype(form)::value;
+    if constexpr (has_short_kernel(kForm, D)) {
+      const Grid grid{args.batch * args.heads, kAttentionThreads, ShortLayout<D>::total};
+      return start(&attention_grad_short_kernel<T, D, kForm>, grid, launch, args, device_seed);
+    }
+    return static_cast<cudaError_t>(cudaErrorInvalidValue);
   });
 }
 
