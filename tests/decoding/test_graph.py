@@ -1,6 +1,7 @@
 """Loops from recordings: a recorder that runs the recorded call on its own tensors stands in for CUDA graphs."""
 
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -9,11 +10,13 @@ from test_updates import absorbing_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pydiffseq import ops
 from pydiffseq.decoding import DecodeOptions, Decoder, decode
 from pydiffseq.decoding.graph import Replayer, bucket
 from pydiffseq.decoding.loop import Loop
 from pydiffseq.models import diffuseq
 from pydiffseq.nn.packing import Packing
+from pydiffseq.ops import _extension
 
 
 def record_call(function):
@@ -122,3 +125,15 @@ def test_diffuseq_with_bounds_in_place_of_lengths(changes, monkeypatch):
     expected = decode(model, SOURCE, IDS, options)
     monkeypatch.setattr(diffuseq, "readable", lambda x: False)
     assert words(decode(model, SOURCE, IDS, options)) == words(expected)
+
+
+@pytest.mark.skipif(_extension.C is None, reason="packs are of the kernels")
+def test_packs_that_exist_are_found_until_the_table_changes():
+    """What a CUDA graph reads in place of packing anew; the CPU's packs lie in the same cache."""
+    table, bias = torch.randn(20, 8), torch.randn(20)
+    _existing_pack = sys.modules["pydiffseq.ops.nearest"]._existing_pack   # the package has the op under this name
+    assert _existing_pack(table, bias, True) is None
+    ops.nearest(torch.randn(3, 8), table, bias, metric="dot")
+    assert _existing_pack(table, bias, True) is not None and _existing_pack(table, None, False) is None
+    table.add_(1.0)
+    assert _existing_pack(table, bias, True) is None
