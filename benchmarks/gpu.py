@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pydiffseq import ops
-from pydiffseq.ops import _cuda
+from pydiffseq.ops import _cuda, reference
 
 OURS = "pydiffseq"
 LATE = ("compile", "flex")  # their compilers take seconds: after everything else
@@ -262,6 +262,27 @@ def attention_cases(device: torch.device, small: bool) -> list[Case]:
             name: with_backward(f, inputs, grad) for name, (f, inputs) in functions.items()}, 15 * moved, 11 * work))
         dropped = {OURS: lambda a=by_table, t=times: ops.timestep_attention(*a, timesteps=t, dropout_p=0.1, seed=1)}
         cases.append(Case("timestep_attention forward, dropout 0.1", size, dropped, 5 * moved, 3 * work))
+        cases += other_forms((q, k, v, tau), grad, size, moved, work)
+    return cases
+
+
+def rotary_literal(q, k, v, rotation):
+    q, k, v = (reference.rotate_pairs(x, rotation).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def other_forms(inputs: tuple, grad: Tensor, size: str, moved: float, work: float) -> list[Case]:
+    """Rotated rows; and packed sentences, each as long as the padded ones."""
+    B, N, H, D = grad.shape
+    packed, offsets = [x.flatten(0, 1) for x in inputs], torch.arange(0, B * N + 1, N, device=grad.device)
+    cases = []
+    attend_packed = functools.partial(ops.packed_timestep_attention, offsets=offsets, longest=N)
+    for op, functions, given, upstream in (
+            ("rotary_timestep_attention", {OURS: ops.rotary_timestep_attention, "eager, then SDPA": rotary_literal},
+             inputs, grad),
+            ("packed_timestep_attention", {OURS: attend_packed}, tuple(packed), grad.flatten(0, 1))):
+        cases.append(Case(f"{op} forward+backward", size, {
+            name: with_backward(f, given, upstream) for name, f in functions.items()}, 13 * moved, 9 * work))
     return cases
 
 
