@@ -3,27 +3,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import kernel_only
 
 from pydiffseq.ops import _extension, linear_cross_entropy, linear_logsumexp, reference
 
-ISAS = ["baseline", "avx2", "avx512", "avx512_bf16", "amx"]
 DTYPES = [torch.float32, torch.bfloat16]
 # Largest error of losses (nats) and of gradients, relative to the largest gradient. bfloat16: the gradients of the
 # logits and the results are rounded to 2^-9.
 LIMITS = {torch.float32: (3e-5, 1e-5), torch.bfloat16: (3e-5, 1e-2)}
 
-kernel_only = pytest.mark.skipif(_extension.C is None, reason="the extension is not built")
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    if _extension.C is None:
-        pytest.skip("the extension is not built")
-    before = _extension.C.isa()
-    if not _extension.C.set_isa(request.param):
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    _extension.C.set_isa(before)
 
 
 def inputs(rows, dim, vocab, dtype=torch.float32, bias=True, ignored=0.2, seed=0):

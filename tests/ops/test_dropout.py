@@ -4,20 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import each_isa, kernel_only
 
-from pydiffseq.ops import _extension, dropout, dropout_add, reference
-
-kernel_only = pytest.mark.skipif(_extension.C is None, reason="the extension is not built")
-
-
-def each_isa():
-    before = _extension.C.isa()
-    try:
-        for name in ("baseline", "avx2", "avx512", "avx512_bf16"):
-            if _extension.C.set_isa(name):
-                yield name
-    finally:
-        _extension.C.set_isa(before)
+from pydiffseq.ops import dropout, dropout_add, reference
 
 
 @kernel_only

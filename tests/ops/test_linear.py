@@ -3,25 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from instruction_sets import each_isa, kernel_only
 
-from pydiffseq.ops import _extension, geglu
+from pydiffseq.ops import geglu
 from pydiffseq.ops.linear import PackedLinear
 
 DTYPES = [torch.float32, torch.bfloat16]
-kernel_only = pytest.mark.skipif(_extension.C is None, reason="the extension is not built")
-
-
-def each_isa():
-    if _extension.C is None:
-        yield "none"
-        return
-    before = _extension.C.isa()
-    try:
-        for name in ("baseline", "avx2", "avx512", "avx512_bf16", "amx"):
-            if _extension.C.set_isa(name):
-                yield name
-    finally:
-        _extension.C.set_isa(before)
 
 
 def error(found, expected):

@@ -3,21 +3,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pydiffseq.ops import _extension, linear_logsumexp, nearest, nearest_topk, reference
+from pydiffseq.ops import linear_logsumexp, nearest, nearest_topk, reference
 
-ISAS = ["baseline", "avx2", "avx512", "avx512_bf16", "amx"]
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    if _extension.C is None:
-        pytest.skip("the extension is not built")
-    before = _extension.C.isa()
-    if not _extension.C.set_isa(request.param):
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    _extension.C.set_isa(before)
 
 
 def scores(x, table, bias, dot):

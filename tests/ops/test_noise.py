@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import each_isa, kernel_only
 
 from pydiffseq.ops import _extension, embed_q_sample, philox_normal, q_sample, reference, sampler_step
 
-kernel_only = pytest.mark.skipif(_extension.C is None, reason="the extension is not built")
 T = 50
 SIGNAL = torch.linspace(1.0, 0.0, T)
 SIGMA = (1 - SIGNAL**2).sqrt()
@@ -24,17 +24,6 @@ def batch(B=3, N=5, d=7, dtype=torch.float32, per_token=True):
     x0 = torch.randn(B, N, d, generator=g).to(dtype)
     t = torch.randint(0, T, (B, N) if per_token else (B,), generator=g)
     return x0, t, torch.rand(B, N, generator=g) > 0.3
-
-
-def each_isa():
-    names = ["baseline", "avx2", "avx512", "avx512_bf16"]
-    before = _extension.C.isa()
-    try:
-        for name in names:
-            if _extension.C.set_isa(name):
-                yield name
-    finally:
-        _extension.C.set_isa(before)
 
 
 @kernel_only

@@ -1,9 +1,9 @@
 import pytest
 import torch
+from instruction_sets import kernel_only
 
-from pydiffseq.ops import _extension, packed_timestep_attention, reference, timestep_attention
+from pydiffseq.ops import packed_timestep_attention, reference, timestep_attention
 
-kernel_only = pytest.mark.skipif(_extension.C is None, reason="the extension is not built")
 FLOATS = ("q", "k", "v", "tau", "u", "w")
 LENGTHS = [([5, 0, 9, 1], None), ([70, 3], [2, 66]), ([1], [7])]
 

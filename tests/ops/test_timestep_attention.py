@@ -2,21 +2,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import each_isa, kernel_only
 
-from pydiffseq.ops import _extension, reference, timestep_attention
+from pydiffseq.ops import reference, timestep_attention
 
-kernel_only = pytest.mark.skipif(_extension.C is None, reason="the extension is not built")
 FLOATS = ("q", "k", "v", "tau", "u", "w")
-
-
-def each_isa():
-    before = _extension.C.isa()
-    try:
-        for name in ("baseline", "avx2", "avx512", "avx512_bf16", "amx"):
-            if _extension.C.set_isa(name):
-                yield name
-    finally:
-        _extension.C.set_isa(before)
 
 
 def literal(q, k, v, tau, u, w, key_mask=None, scale=None):

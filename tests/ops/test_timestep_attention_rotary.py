@@ -2,24 +2,11 @@
 
 import pytest
 import torch
+from instruction_sets import each_isa, kernel_only
 
-from pydiffseq.ops import _extension, rotary_timestep_attention, rotary_timestep_self_attention
+from pydiffseq.ops import rotary_timestep_attention, rotary_timestep_self_attention
 
-kernel_only = pytest.mark.skipif(_extension.C is None, reason="the extension is not built")
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
-
-
-def each_isa():
-    if _extension.C is None:
-        yield "reference"
-        return
-    before = _extension.C.isa()
-    try:
-        for name in ("baseline", "avx2", "avx512", "avx512_bf16", "amx"):
-            if _extension.C.set_isa(name):
-                yield name
-    finally:
-        _extension.C.set_isa(before)
 
 
 def make(batch=2, tokens=9, heads=2, dim=16, table=False, masked=False, dtype=torch.float32):

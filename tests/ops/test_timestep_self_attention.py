@@ -1,9 +1,8 @@
 import pytest
 import torch
+from instruction_sets import kernel_only
 
-from pydiffseq.ops import _extension, timestep_attention, timestep_self_attention
-
-kernel_only = pytest.mark.skipif(_extension.C is None, reason="the extension is not built")
+from pydiffseq.ops import timestep_attention, timestep_self_attention
 
 
 def make(dtype=torch.float32, table=False):
