@@ -27,7 +27,7 @@ KERNELS = {
     "geglu": "geglu",
     "PackedLinear": "linear",
     "nearest": "nearest_search",
-    "nearest_topk": "nearest_topk",
+    "nearest_topk": "nearest_search",   # and nearest_topk on the CPU, of the same file
     "linear_cross_entropy": "cross_entropy_forward",
     "linear_logsumexp": "cross_entropy_forward",
     "timestep_attention": "timestep_attention_forward",
@@ -187,8 +187,8 @@ def render(report: dict[str, Any]) -> str:
                        "CUDA": "compiled in" if extension["cuda"] else "not compiled in"})
     else:
         lines += rows({"none": extension["reason"]})
-    lines += ["", f"{'op':<30}{'CPU':<16}CUDA"]
-    lines += [f"  {op:<28}{targets['cpu']:<16}{targets['cuda']}" for op, targets in report["ops"].items()]
+    lines += ["", f"{'op':<34}{'CPU':<16}CUDA"]
+    lines += [f"  {op:<32}{targets['cpu']:<16}{targets['cuda']}" for op, targets in report["ops"].items()]
     lines += ["", "missing" if report["missing"] else "nothing is missing"]
     for problem in report["missing"]:
         lines += [f"  {problem['what']}", f"      {problem['mend']}"]
