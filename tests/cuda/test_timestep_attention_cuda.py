@@ -135,6 +135,20 @@ def test_packed_sentences_are_the_padded_ones(dtype, lengths):
         assert error(packed, padded.double()) <= 4 * torch.finfo(dtype).eps
 
 
+def recorded(step):
+    """A CUDA graph of ``step``, and the tensors that its replays write."""
+    step()  # the self-check waits for the device
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    return graph, results
+
+
 @pytest.mark.parametrize("tokens", [50, 90])
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_graph_of_the_other_forms(tokens, packed):
@@ -150,15 +164,7 @@ def test_a_graph_of_the_other_forms(tokens, packed):
             out = rotary_timestep_attention(*leaves, timesteps=options["timesteps"], dropout_p=0.3, seed=seed)
         return out, *torch.autograd.grad(out.float().square().sum(), leaves)
 
-    step()  # the self-check waits for the device
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
+    graph, results = recorded(step)
     for value in (5, 6):
         seed.fill_(value)
         graph.replay()
@@ -237,14 +243,7 @@ def test_a_graph_replays_with_the_seed_of_the_device():
         out = timestep_attention(*arguments, **options, dropout_p=0.3, seed=seed)
         return out, torch.autograd.grad(out.float().square().sum(), arguments)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out, grads = step()
+    graph, (out, grads) = recorded(step)
     for value in (5, 6):
         seed.fill_(value)
         graph.replay()
