@@ -14,6 +14,7 @@ from pydiffseq.decoding.loop import Inputs, Loop
 from pydiffseq.decoding.model import DenoisingNetwork
 from pydiffseq.diffusion import (
     RECIPES,
+    TOKEN_SAMPLERS,
     Plan,
     StepList,
     check_visited,
@@ -21,7 +22,6 @@ from pydiffseq.diffusion import (
     spaced_timesteps,
     tabulate,
     token_steps,
-    uniform_steps,
     xy_steps,
 )
 from pydiffseq.nn.packing import Packing
@@ -112,14 +112,13 @@ def denoise_candidates(model: DenoisingNetwork, options: DecodeOptions, table: T
 def step_list(model: DenoisingNetwork, options: DecodeOptions, lengths: Tensor, width: int) -> StepList:
     """Timesteps per token, for each of ``lengths``, where the network was trained on them, else one per sentence."""
     o, c = options, model.config
+    path, T = c.timestep_sampler, c.diffusion_steps
     if o.visited is not None:
-        visited = check_visited("the step list", o.visited, c.diffusion_steps)
-    elif o.step_list not in ("auto", "stride") or c.timestep_sampler != "xy_uniform":
-        if o.step_list == "auto":
-            return uniform_steps(c.diffusion_steps, o.steps, o.step_end)
-        visited = spaced_timesteps(o.step_list, model.schedule, o.steps)
+        visited = check_visited("the step list", o.visited, T)
+    elif path == "xy_uniform" and o.step_list in ("auto", "stride"):
+        return xy_steps(T, lengths, width, o.steps, c.anchor_scale, o.step_end)
     else:
-        return xy_steps(c.diffusion_steps, lengths, width, o.steps, c.anchor_scale, o.step_end)
-    if c.timestep_sampler != "xy_uniform":
-        return sentence_steps(visited, o.step_end)
-    return token_steps(c.diffusion_steps, visited, lengths, width, c.anchor_scale, o.step_end)
+        visited = spaced_timesteps("uniform" if o.step_list == "auto" else o.step_list, model.schedule, o.steps)
+    if path in TOKEN_SAMPLERS:
+        return token_steps(T, visited, lengths, width, c.anchor_scale, o.step_end, path)
+    return sentence_steps(visited, o.step_end)

@@ -31,11 +31,15 @@ from pydiffseq.diffusion.steps import (
 )
 from pydiffseq.diffusion.token_times import (
     TIMESTEP_SAMPLERS,
+    TOKEN_SAMPLERS,
     LossAwareSampler,
+    RollingSampler,
     TimestepSampler,
+    TokenSampler,
     UniformSampler,
     XYUniformSampler,
     make_timestep_sampler,
+    rolling_token_timesteps,
     xy_token_timesteps,
 )
 
@@ -45,11 +49,14 @@ __all__ = [
     "SOLVERS",
     "SPACINGS",
     "TIMESTEP_SAMPLERS",
+    "TOKEN_SAMPLERS",
     "LossAwareSampler",
     "NoiseSchedule",
     "Plan",
+    "RollingSampler",
     "StepList",
     "TimestepSampler",
+    "TokenSampler",
     "UniformSampler",
     "XYUniformSampler",
     "ancestral",
@@ -67,6 +74,7 @@ __all__ = [
     "make_timestep_sampler",
     "model_time",
     "read_visited",
+    "rolling_token_timesteps",
     "sentence_steps",
     "skip",
     "skip_coefficients",

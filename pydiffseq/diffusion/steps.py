@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pydiffseq.diffusion.schedules import NoiseSchedule
-from pydiffseq.diffusion.token_times import check_anchor_scale, xy_token_timesteps
+from pydiffseq.diffusion.token_times import TOKEN_SAMPLERS, check_anchor_scale, xy_token_timesteps
 
 Time = int | Tensor
 StepList = list[tuple[Time, Time]]
@@ -179,18 +179,18 @@ def sentence_steps(visited: Sequence[int], end: str = "clean") -> StepList:
 
 
 def token_steps(T: int, visited: Sequence[int], lengths: Tensor, max_len: int, anchor_scale: float = 2.0,
-                end: str = "clean") -> StepList:
-    """AR-Diffusion's token timesteps along ``visited``: entry v stands for the sentence index ``v (T + N - 1) / (T - 1)``.
+                end: str = "clean", path: str = "xy_uniform") -> StepList:
+    """Token timesteps along ``visited``: entry v stands for the share ``v / (T - 1)`` of a sentence's indices.
 
-    Args, results and errors as :func:`xy_steps`, whose stride over the indices becomes any list.
+    Args, results and errors as :func:`xy_steps`, whose stride over the indices becomes any list, on any ``path``, a key
+    of :data:`pydiffseq.diffusion.TOKEN_SAMPLERS`.
     """
     _check_end(end)
-    check_anchor_scale(anchor_scale)
-    last = T + lengths - 1
-    nodes = [xy_token_timesteps((v * last + (T - 1) // 2) // max(1, T - 1), lengths, max_len, T, anchor_scale)
-             for v in visited]
+    sampler = TOKEN_SAMPLERS[path](T, anchor_scale)
+    last = sampler.indices(lengths) - 1
+    nodes = [sampler.token_times((v * last + (T - 1) // 2) // max(1, T - 1), lengths, max_len) for v in visited]
     if end == "clean":
         nodes.append(torch.full_like(nodes[0], -1))
     elif visited[-1] > 0:
-        nodes.append(xy_token_timesteps(torch.zeros_like(lengths), lengths, max_len, T, anchor_scale))
+        nodes.append(sampler.token_times(torch.zeros_like(lengths), lengths, max_len))
     return list(zip(nodes[:-1], nodes[1:], strict=True))

@@ -3,6 +3,11 @@
 AR-Diffusion (Wu et al. 2023, section 3.1) moves all tokens of a sentence by one index ``s`` in ``0..T+N-1``. The token
 times lie on a line in the (position n, timestep t) plane, through a start point that ``s`` moves and a fixed anchor, so
 a token on the left is never noisier than one on its right.
+
+Nearly all of its indices, T of T + N, move the line up or down, though, and only the last N move the noise across the
+sentence: in few steps the right half of the sentence settles at once. *Rolling* token times (as in Rolling Diffusion,
+Ruhe et al. 2024, over the frames of a video) are a line of fixed slope that moves across the sentence at constant speed,
+so that every step settles as many tokens as any other.
 """
 
 from __future__ import annotations
@@ -58,6 +63,36 @@ def xy_token_timesteps(s: Tensor, lengths: Tensor, max_len: int, T: int, anchor_
     n = torch.arange(max_len, device=s.device, dtype=torch.float32)  # [max_len]
     x = (n - anchor_n.float()[:, None]) / (start_n - anchor_n).float()[:, None]
     t = x * (start_t - (T - 1)).float()[:, None] + (T - 1)
+    return t.round().clamp(0, T - 1).long()
+
+
+def rolling_token_timesteps(s: Tensor, lengths: Tensor, max_len: int, T: int, anchor_scale: float = 2.0) -> Tensor:
+    """Token timesteps of rolling index ``s``: a ramp ``W = max(1, anchor_scale N)`` tokens wide.
+
+    Token n has ``(T-1) (n - n_s) / W``, rounded half to even and clamped to ``0..T-1``, where ``n_s``, the last clean
+    position, falls linearly in s: ``N-1`` at ``s = 0`` (all clean), ``-W`` at ``s = T-1`` (all noise). Where
+    :func:`xy_token_timesteps` reaches its first clean token, its line has this width. Padding positions (``n >= N``) go on
+    along the ramp.
+
+    Args:
+        s: int64 ``[B]``, or ``[1]`` for one index shared by all, each in ``0..T-1``.
+        lengths: int64 ``[B]`` or ``[1]``, the number N of tokens of each sentence.
+        max_len: padded length of the result.
+        T: number of timesteps.
+        anchor_scale: width of the ramp in units of the length.
+
+    Returns:
+        int64 ``[B, max_len]``.
+
+    Raises:
+        ValueError: ``anchor_scale <= 0``, or ``s`` out of range.
+    """
+    check_anchor_scale(anchor_scale)
+    check_timesteps("the rolling index s", s, 0, T - 1)
+    width = (anchor_scale * lengths.double()).clamp_min(1.0)
+    clean = lengths - 1 - s.double() / max(1, T - 1) * (lengths - 1 + width)
+    n = torch.arange(max_len, device=s.device, dtype=torch.float64)  # [max_len]
+    t = (n - clean[:, None]) / width[:, None] * (T - 1)
     return t.round().clamp(0, T - 1).long()
 
 
@@ -118,20 +153,48 @@ class UniformSampler:
         """Nothing to restore."""
 
 
-class XYUniformSampler(UniformSampler):
-    """AR-Diffusion's token timesteps: sentence index uniform over ``0..T+N-1`` with each sentence's own N; weight 1."""
+class TokenSampler(UniformSampler):
+    """A timestep per token, which an index shared by the sentence decides; the index is uniform; weight 1."""
 
     def __init__(self, T: int, anchor_scale: float = 2.0) -> None:
         check_anchor_scale(anchor_scale)
         super().__init__(T)
         self.anchor_scale = anchor_scale
 
+    def indices(self, lengths: Tensor) -> Tensor:
+        """How many indices sentences of ``lengths`` int64 ``[B]`` have: int64 ``[B]``. 0 is clean, the last all noise."""
+        raise NotImplementedError
+
+    def token_times(self, s: Tensor, lengths: Tensor, max_len: int) -> Tensor:
+        """Timesteps int64 ``[B, max_len]`` at the indices ``s`` int64 ``[B]``."""
+        raise NotImplementedError
+
     def sample(self, lengths: Tensor, max_len: int, generator: Generator | None = None,
                uniform: Tensor | None = None) -> tuple[Tensor, Tensor]:
         u = _uniform(len(lengths), lengths.device, generator) if uniform is None else uniform.double()
-        s = torch.minimum((u * (self.T + lengths)).long(), self.T + lengths - 1)
-        timesteps = xy_token_timesteps(s, lengths, max_len, self.T, self.anchor_scale)
-        return timesteps, u.new_ones(len(u), dtype=torch.float32)
+        total = self.indices(lengths)
+        s = torch.minimum((u * total).long(), total - 1)
+        return self.token_times(s, lengths, max_len), u.new_ones(len(u), dtype=torch.float32)
+
+
+class XYUniformSampler(TokenSampler):
+    """AR-Diffusion's token timesteps: sentence index uniform over ``0..T+N-1`` with each sentence's own N; weight 1."""
+
+    def indices(self, lengths: Tensor) -> Tensor:
+        return self.T + lengths
+
+    def token_times(self, s: Tensor, lengths: Tensor, max_len: int) -> Tensor:
+        return xy_token_timesteps(s, lengths, max_len, self.T, self.anchor_scale)
+
+
+class RollingSampler(TokenSampler):
+    """Rolling token timesteps (:func:`rolling_token_timesteps`), the index uniform over ``0..T-1``; weight 1."""
+
+    def indices(self, lengths: Tensor) -> Tensor:
+        return torch.full_like(lengths, self.T)
+
+    def token_times(self, s: Tensor, lengths: Tensor, max_len: int) -> Tensor:
+        return rolling_token_timesteps(s, lengths, max_len, self.T, self.anchor_scale)
 
 
 class LossAwareSampler:
@@ -207,15 +270,17 @@ class LossAwareSampler:
         self.losses, self.seen = state["losses"].to(self.losses).clone(), state["seen"].to(self.seen).clone()
 
 
+TOKEN_SAMPLERS: dict[str, type[TokenSampler]] = {"xy_uniform": XYUniformSampler, "rolling": RollingSampler}
 TIMESTEP_SAMPLERS: dict[str, type[UniformSampler] | type[LossAwareSampler]] = {
     "uniform": UniformSampler,
     "lossaware": LossAwareSampler,
-    "xy_uniform": XYUniformSampler,
+    **TOKEN_SAMPLERS,
 }
 
 
 def make_timestep_sampler(name: str, T: int = 2000, anchor_scale: float = 2.0) -> TimestepSampler:
-    """The timestep sampler ``name``, a key of :data:`TIMESTEP_SAMPLERS`; only ``xy_uniform`` reads ``anchor_scale``.
+    """The timestep sampler ``name``, a key of :data:`TIMESTEP_SAMPLERS`;
+    those of :data:`TOKEN_SAMPLERS` read ``anchor_scale``.
 
     Raises:
         ValueError: unknown name, or ``anchor_scale <= 0``.
@@ -223,4 +288,4 @@ def make_timestep_sampler(name: str, T: int = 2000, anchor_scale: float = 2.0) -
     if name not in TIMESTEP_SAMPLERS:
         raise ValueError(f"unknown timestep sampler {name!r}; choose one of {', '.join(TIMESTEP_SAMPLERS)}")
     check_anchor_scale(anchor_scale)
-    return XYUniformSampler(T, anchor_scale) if name == "xy_uniform" else TIMESTEP_SAMPLERS[name](T)
+    return TOKEN_SAMPLERS[name](T, anchor_scale) if name in TOKEN_SAMPLERS else TIMESTEP_SAMPLERS[name](T)

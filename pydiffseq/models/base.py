@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pydiffseq import ops
-from pydiffseq.diffusion import make_schedule, make_timestep_sampler
+from pydiffseq.diffusion import TOKEN_SAMPLERS, make_schedule, make_timestep_sampler
 from pydiffseq.diffusion.noise import to_uniform
 from pydiffseq.models.config import ModelConfig
 from pydiffseq.models.losses import Losses
@@ -42,6 +42,7 @@ class DiffusionModel(nn.Module):
         self.schedule = make_schedule(c.noise_schedule, c.diffusion_steps)
         self.sigma0, self.abar_end = float(self.schedule.sigma[0]), float(self.schedule.abar[-1])
         self.sampler = make_timestep_sampler(c.timestep_sampler, c.diffusion_steps, c.anchor_scale)
+        self.per_token_times = c.timestep_sampler in TOKEN_SAMPLERS
         self.sampler_state = SamplerState(self.sampler) if self.sampler.state_dict() else None
         # The table is created before any other parameter; a padding row exists only where padding is never a target.
         self.embedding = LatentEmbedding(

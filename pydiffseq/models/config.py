@@ -62,8 +62,10 @@ class ModelConfig:
     diffusion_steps: int = option(2000, "diffusion steps T")
     noise_schedule: str = option("sqrt", "noise schedule")
     timestep_sampler: str = option("xy_uniform", "how training draws timesteps: xy_uniform (per token, AR-Diffusion), "
-                                                 "uniform or lossaware (one per sentence)")
-    anchor_scale: float = option(2.0, "anchor of the per-token timesteps, in units of the target length (> 0)")
+                                                 "rolling (per token, a ramp that moves across the sentence), uniform or "
+                                                 "lossaware (one per sentence)")
+    anchor_scale: float = option(2.0, "anchor of the per-token timesteps, with rolling the width of the ramp, in units of "
+                                      "the target length (> 0)")
     length_policy: str = option("predict", "pad: </s> and padding are tokens of a fixed length (published); predict: a "
                                            "length head, padding masked")
     length_feature: str = option("mean_pool", "what the length head reads of the source: mean_pool or token_embed (the "

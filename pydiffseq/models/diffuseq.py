@@ -121,7 +121,7 @@ class DiffuSeq(DiffusionModel):
         def in_sequence(target: Tensor) -> Tensor:
             return take(torch.cat([p.words.to(target.dtype), target], 1), p.origin)
 
-        timesteps = take(timesteps, p.columns) if self.config.timestep_sampler == "xy_uniform" else timesteps[:, :1]
+        timesteps = take(timesteps, p.columns) if self.per_token_times else timesteps[:, :1]
         states = self.states(in_sequence(x_t), timesteps, p.noised, p.real,
                              None if x_self is None else in_sequence(x_self), p.base)
         return self.output_down(take(states, p.target))
@@ -170,7 +170,7 @@ class DiffuSeq(DiffusionModel):
         ``base``: see :class:`Placed`. In self-conditioning the source is known.
         """
         x = self._with_self(x, noised, x_self)
-        if self.config.timestep_sampler != "xy_uniform":
+        if not self.per_token_times:
             timesteps = timesteps[:, :1]   # one for the sentence, so the same for all its tokens
         h = x + base if isinstance(self.input_up, nn.Identity) else self.input_up(x, base)
         h = h + self.time_mlp(self.time_features(timesteps, x.dtype))

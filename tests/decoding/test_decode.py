@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pydiffseq import ops
 from pydiffseq.decoding import DecodeOptions, decode, mbr_order
+from pydiffseq.diffusion import TOKEN_SAMPLERS
 from pydiffseq.models import ARDiffusion, ARDiffusionConfig
 
 BOS, PAD, EOS = 0, 1, 2
@@ -195,7 +196,8 @@ def test_scores_are_probabilities_under_the_prediction_before_it_is_rounded(roun
         assert torch.equal(hypothesis.token_scores, other.token_scores)
 
 
-@pytest.mark.parametrize("changes", [{}, PREDICT, {"timestep_sampler": "uniform"}, {"timestep_sampler": "lossaware"}])
+@pytest.mark.parametrize("changes", [{}, PREDICT, {"timestep_sampler": "rolling"}, {"timestep_sampler": "uniform"},
+                                     {"timestep_sampler": "lossaware"}])
 @pytest.mark.parametrize("end", ["clean", "zero"])
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_one_network_call_and_one_history_entry_for_each_step(changes, end, steps):
@@ -207,7 +209,7 @@ def test_one_network_call_and_one_history_entry_for_each_step(changes, end, step
         assert len(hypothesis.history) == steps
         assert torch.equal(hypothesis.history[-1], hypothesis.tokens)   # final = x0_hat
     assert len(calls) == steps and all(t.shape == calls[0].shape for t in calls)
-    per_token = changes.get("timestep_sampler", "xy_uniform") == "xy_uniform"
+    per_token = changes.get("timestep_sampler", "xy_uniform") in TOKEN_SAMPLERS
     assert any((t[:, 0] != t[:, -1]).any() for t in calls) == (per_token and steps > 1)
 
 

@@ -23,6 +23,7 @@ from pydiffseq.diffusion import (
     make_schedule,
     skip,
     skip_coefficients,
+    token_steps,
     uniform_steps,
     xy_steps,
 )
@@ -41,6 +42,7 @@ STEP_LISTS = {
     "xy 20, own lengths": xy_steps(2000, LENGTHS, N, 20),
     "xy 3 clean, own lengths": xy_steps(2000, LENGTHS, N, 3, anchor_scale=1.0, end="clean"),
     "xy 700, own lengths": xy_steps(2000, LENGTHS, N, 700, end="clean"),
+    "rolling 12, own lengths": token_steps(2000, range(1999, 0, -166), LENGTHS, N, 0.5, path="rolling"),
     "per sentence": [(torch.tensor([1999, 900, 30]), torch.tensor([1000, 900, 0])), (torch.tensor([1000, 900, 0]), -1)],
 }
 SHORT = make_schedule("sqrt", 50)

@@ -12,6 +12,7 @@ from pydiffseq.diffusion import (
     check_visited,
     make_schedule,
     read_visited,
+    rolling_token_timesteps,
     sentence_steps,
     skip_indices,
     spaced_timesteps,
@@ -175,6 +176,14 @@ def test_token_steps_scale_the_list_to_each_length(end):
     index = torch.zeros_like(lengths)
     target = torch.full((2, 9), -1) if end == "clean" else xy_token_timesteps(index, lengths, 9, 50)
     assert torch.equal(together[-1][1].expand(2, 9), target)
+
+
+def test_token_steps_of_rolling_times():
+    lengths, visited = torch.tensor([4, 9]), [49, 30, 11]
+    steps = token_steps(50, visited, lengths, 9, 0.5, path="rolling")
+    for (t, _), v in zip(steps, visited, strict=True):
+        assert torch.equal(t, rolling_token_timesteps(torch.tensor([v]), lengths, 9, 50, 0.5))
+    assert bool((steps[-1][1] == -1).all())
 
 
 def test_step_list_files(tmp_path):

@@ -7,10 +7,13 @@ from hypothesis import strategies as st
 
 from pydiffseq.diffusion import (
     TIMESTEP_SAMPLERS,
+    TOKEN_SAMPLERS,
     LossAwareSampler,
+    RollingSampler,
     UniformSampler,
     XYUniformSampler,
     make_timestep_sampler,
+    rolling_token_timesteps,
     xy_token_timesteps,
 )
 
@@ -79,9 +82,53 @@ def test_token_times_do_not_depend_on_padding(T, N, extra, seed):
     assert torch.equal(padded[:, :N], xy_token_timesteps(s, lengths, N, T))
 
 
+def rolling(s, N, T=2001, scale=0.5):
+    return rolling_token_timesteps(torch.tensor([s]), torch.tensor([N]), N, T, scale)[0].tolist()
+
+
+def test_golden_values_of_rolling_times():
+    """Five tokens, a ramp of 2.5: in each of 2,000 indices the last clean position moves by 6.5 / 2000."""
+    assert rolling(0, 5) == [0] * 5 and rolling(2000, 5) == [2000] * 5
+    assert rolling(1000, 5) == [0, 200, 1000, 1800, 2000]        # clean until 0.75
+    assert rolling(400, 5) == [0, 0, 0, 240, 1040]               # until 2.7
+    assert rolling(1900, 5) == [1740, 2000, 2000, 2000, 2000]    # until -2.175
+    assert rolling(2, 3, T=5, scale=0.1) == [0, 2, 4]            # at least one token wide: clean until 0.5
+
+
+@settings(deadline=None, max_examples=100)
+@given(T=st.integers(2, 300), N=st.integers(1, 60), extra=st.integers(0, 5), scale=st.floats(0.05, 4))
+def test_rolling_times_are_ordered(T, N, extra, scale):
+    """Non-decreasing in position and index, from all clean to all noise, whatever the padding."""
+    s, lengths = torch.arange(T), torch.tensor([N])
+    t = rolling_token_timesteps(s, lengths, N + extra, T, scale)
+    assert bool((t.diff(dim=1) >= 0).all()) and bool((t.diff(dim=0) >= 0).all())
+    assert bool((t[0, :N] == 0).all()) and bool((t[-1] == T - 1).all())
+    assert torch.equal(t[:, :N], rolling_token_timesteps(s, lengths, N, T, scale))
+
+
+def test_rolling_times_settle_as_many_tokens_in_every_step():
+    """Half-way marks pass at constant speed, while AR-Diffusion's times settle most tokens in the last of ten steps."""
+    T, N, steps = 2000, 40, 10
+    settled = {}
+    for name in ("rolling", "xy_uniform"):
+        sampler, lengths = TOKEN_SAMPLERS[name](T, 1.0), torch.tensor([N])
+        last = sampler.indices(lengths) - 1
+        t = torch.cat([sampler.token_times(last * (steps - i) // steps, lengths, N) for i in range(steps + 1)])
+        settled[name] = (t < T / 2).sum(1).diff()
+    assert settled["rolling"].max() == 8 and settled["rolling"].tolist() == [0, 0, 4, 8, 8, 8, 8, 4, 0, 0]
+    assert settled["xy_uniform"][-1] >= N // 2
+
+
+@pytest.mark.parametrize("s", [-1, 100])
+def test_bad_rolling_index(s):
+    with pytest.raises(ValueError, match=f"rolling index s must be in 0..99, got {s}"):
+        rolling(s, 5, T=100)
+
+
 @pytest.mark.parametrize("scale", [0, -1.0, float("nan"), float("inf")])
 def test_bad_anchor_scale(scale):
-    for call in (lambda: times(3, 5, scale=scale), lambda: XYUniformSampler(100, scale),
+    for call in (lambda: times(3, 5, scale=scale), lambda: rolling(3, 5, scale=scale), lambda: XYUniformSampler(100, scale),
+                 lambda: RollingSampler(100, scale),
                  lambda: make_timestep_sampler("xy_uniform", 100, scale)):
         with pytest.raises(ValueError, match="anchor scale must be a positive number"):
             call()
@@ -103,7 +150,7 @@ def test_every_sampler_has_one_interface(name):
     sampler = make_timestep_sampler(name, T=30)
     lengths = torch.tensor([3, 7, 1, 7])
     t, weights = sampler.sample(lengths, 7, torch.Generator().manual_seed(1))
-    assert t.dtype == torch.int64 and t.shape == ((4, 7) if name == "xy_uniform" else (4,))
+    assert t.dtype == torch.int64 and t.shape == ((4, 7) if name in TOKEN_SAMPLERS else (4,))
     assert weights.dtype == torch.float32 and weights.tolist() == [1.0] * 4
     assert int(t.min()) >= 0 and int(t.max()) < 30
     again, _ = sampler.sample(lengths, 7, torch.Generator().manual_seed(1))

@@ -21,7 +21,8 @@ PLUS = {
     "loss_scope": "target", "timestep_sampler": "uniform"}
 RECIPES = {"published": {}, "predict": {"length_policy": "predict"}, "distance": {"logits": "distance"}, "plus": PLUS,
            "v2": {"soft_absorb": True, "discrete_noise": 0.5},
-           "token times": PLUS | {"timestep_sampler": "xy_uniform"}}
+           "token times": PLUS | {"timestep_sampler": "xy_uniform"},
+           "rolling": PLUS | {"timestep_sampler": "rolling", "anchor_scale": 0.3}}
 SOURCE = torch.tensor([[5, 6, 7, 8, 2], [4, 11, 2, 1, 1], [12, 2, 1, 1, 1]])
 TARGET = torch.tensor([[4, 5, 22, 7, 8, 2], [9, 10, 2, 1, 1, 1], [12, 2, 1, 1, 1, 1]])
 IDS = torch.tensor([5, 0, 9])
