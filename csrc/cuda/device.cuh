@@ -68,11 +68,11 @@ template <typename... Parameters, typename... Arguments>
 cudaError_t start(void (*kernel)(Parameters...), const Grid& grid, const Launch& launch, const Arguments&... arguments) {
   if (grid.blocks == 0) return cudaSuccess;
   if (grid.blocks > 0x7FFFFFFF) return cudaErrorInvalidValue;
+  (void)cudaGetLastError();   // the error of an earlier call, which has returned it, is not this launch's
 #ifdef PDS_CUDA_EMULATION
   (void)launch;
   emulation::run_grid(static_cast<unsigned>(grid.blocks), static_cast<unsigned>(grid.threads), grid.shared_bytes,
                       [&] { kernel(arguments...); });
-  return cudaSuccess;
 #else
   if (grid.shared_bytes > 48 << 10) {
     const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -81,8 +81,8 @@ cudaError_t start(void (*kernel)(Parameters...), const Grid& grid, const Launch&
   }
   kernel<<<static_cast<unsigned>(grid.blocks), grid.threads, grid.shared_bytes, static_cast<cudaStream_t>(launch.stream)>>>(
       arguments...);
-  return cudaGetLastError();
 #endif
+  return cudaGetLastError();
 }
 
 // Sets the device (our runtime is not torch's) and returns its number of multiprocessors.

@@ -105,7 +105,8 @@ __device__ __forceinline__ bool kept(const TimestepAttentionArgs& a, const Head&
 }
 
 // Two stages of kBytes each: while use(stage, i) works on tile i, the copies of load(stage, i + 1) are under way. The copies
-// that the block has issued before are complete, and visible, from the first use on. meanwhile() runs while the first tile
+// that the block has issued before are complete, and visible, from the first use on; without a tile, behind a barrier of the
+// caller's. meanwhile() runs while the first tile
 // is under way and says whether to go on at all.
 template <int kBytes, typename Load, typename Meanwhile, typename Use>
 __device__ __forceinline__ void walk_tiles(unsigned char* stages, int tiles, const Load& load, const Meanwhile& meanwhile,
@@ -257,6 +258,19 @@ __device__ __forceinline__ bool key_terms(const unsigned char* tiles, const floa
     terms[r] = term;
   }
   return keep;
+}
+
+// What a block of queries, from `first` on and in the tile `queries`, does first with the j-th tile of keys: turns the rows,
+// where they are to be turned, and makes the keys' terms. False: the mask removes all of these keys.
+template <typename T, int D, Form kForm>
+__device__ __forceinline__ bool begin_keys(unsigned char* stage, unsigned char* queries, const TimestepAttentionArgs& a,
+                                           const Head& head, int first, int j, const float* biases, float* terms) {
+  constexpr int kKeys = kWalk<D>;
+  if (kForm == Form::rotary) {
+    if (j == 0) rotate_queries<T, D, kAttentionRows>(queries, a, head, first);
+    rotate_keys<T, D, kKeys>(stage, a);
+  }
+  return __syncthreads_or(key_terms<T, D, kKeys>(stage, biases, a, head, j * kKeys, terms)) != 0;
 }
 
 // c[n] += rows (an a-fragment; where `both`, the sum of two) x the transpose of `columns`, 8 columns per n.

@@ -86,11 +86,7 @@ attention_grad_query_kernel(const __grid_constant__ TimestepAttentionArgs a, flo
   };
   walk_tiles<Keys::kBytes>(shared + Layout::keys, (head.keys + kKeys - 1) / kKeys, load, meanwhile,
                            [&](unsigned char* stage, int j) {
-    if (kForm == Form::rotary) {
-      if (j == 0) rotate_queries<T, D, kAttentionRows>(shared + Layout::q, a, head, first);
-      rotate_keys<T, D, kKeys>(stage, a);
-    }
-    if (__syncthreads_or(key_terms<T, D, kKeys>(stage, biases, a, head, j * kKeys, terms)) == 0) return;
+    if (!begin_keys<T, D, kForm>(stage, shared + Layout::q, a, head, first, j, biases, terms)) return;
     const Keys keys(shared_address(stage));
     float scores[kBlocks][4], grad_p[kBlocks][4];
     clear<kBlocks>(scores);
@@ -119,6 +115,7 @@ attention_grad_query_kernel(const __grid_constant__ TimestepAttentionArgs a, flo
     multiply_rows<T, D, kKeys>(grad_q, scores, keys.k, lane);
     if (adds_time<kForm>(a)) multiply_rows<T, D, kKeys>(grad_q, scores, keys.tau, lane);
   });
+  __syncthreads();   // without keys nobody has waited yet: what others copied into a warp's rows is there before its results
   GradientStore<T, D, kForm>{a, head, first}.query(shared + Layout::q, grad_q);
   if (kForm == Form::rotary) share_rotation_grads<D, true>(a, head, grad_q, first + 16 * warp, lane);
 }

@@ -89,11 +89,7 @@ attention_forward_kernel(const __grid_constant__ TimestepAttentionArgs a, const 
   };
   walk_tiles<Keys::kBytes>(shared + Layout::keys, (head.keys + kKeys - 1) / kKeys, load, meanwhile,
                            [&](unsigned char* stage, int j) {
-    if (kForm == Form::rotary) {
-      if (j == 0) rotate_queries<T, D, kAttentionRows>(shared + Layout::q, a, head, first);
-      rotate_keys<T, D, kKeys>(stage, a);
-    }
-    if (__syncthreads_or(key_terms<T, D, kKeys>(stage, biases, a, head, j * kKeys, terms)) == 0) return;
+    if (!begin_keys<T, D, kForm>(stage, shared + Layout::q, a, head, first, j, biases, terms)) return;
     const Keys keys(shared_address(stage));
     float scores[kBlocks][4];
     clear<kBlocks>(scores);
@@ -114,6 +110,7 @@ attention_forward_kernel(const __grid_constant__ TimestepAttentionArgs a, const 
     }
     multiply_rows<T, D, kKeys>(out, scores, keys.v, lane);
   });
+  __syncthreads();   // without keys nobody has waited yet: what others copied into a warp's rows is there before its results
 
   float factors[2];
 #pragma unroll

@@ -113,6 +113,20 @@ def test_a_graph_follows_its_inputs_and_the_table():
         assert torch.equal(ids, reference.nearest(x, table)[0])
 
 
+def test_a_graph_of_the_k_best_follows_its_inputs():
+    x, table, bias = points(50, 700, 64)
+    nearest_topk(x, table, bias, k=5, metric="dot")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ids, scores = nearest_topk(x, table, bias, k=5, metric="dot")
+    for change in (lambda: x.mul_(0.5), lambda: table.mul_(-1)):
+        change()
+        graph.replay()
+        want_scores, want = reference.nearest_topk(x, table, bias, True, 5)
+        assert torch.equal(ids, want)
+        torch.testing.assert_close(scores, want_scores, rtol=1e-6, atol=1e-6)
+
+
 def test_the_packed_table_follows_changes_and_streams():
     x, table, _ = points(50, 700, 64)
     for _ in range(3):

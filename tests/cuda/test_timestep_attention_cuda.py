@@ -1,5 +1,6 @@
 """Timestep attention on a GPU: against float64, the CPU's dropout bits, graphs, streams, strides."""
 
+import functools
 import sys
 import warnings
 
@@ -208,20 +209,48 @@ def test_a_timestep_outside_the_table_is_nan_where_it_is_attended_to():
     assert out[0].isfinite().all() and out[1].isnan().all()
 
 
-@pytest.mark.parametrize("batch, queries, keys", [(0, 3, 3), (2, 0, 3), (2, 3, 0)])
-def test_empty(batch, queries, keys):
-    x, options = make(torch.bfloat16, queries, keys, 32, batch=batch)
-    for ours, like in zip(outputs_and_grads(lambda *a: timestep_attention(*a, **options), x), (x["q"], *x.values()),
-                          strict=True):
+def assert_empty(attend, x):
+    for ours, like in zip(outputs_and_grads(attend, x), (x["q"], *x.values()), strict=True):
         assert ours.shape == like.shape and not ours.any()
 
 
-def test_strided_and_unaligned_inputs():
-    qkv = torch.randn(3, 70, 3, 2, 64, device="cuda").bfloat16()
-    expected = timestep_attention(*(x.contiguous() for x in qkv.unbind(2)))
-    assert torch.equal(timestep_attention(*qkv.unbind(2)), expected)
-    shifted = torch.empty(qkv.numel() + 1, dtype=qkv.dtype, device="cuda")[1:].view(qkv.shape).copy_(qkv)
-    assert torch.equal(timestep_attention(*shifted.unbind(2)), expected)
+@pytest.mark.parametrize("batch, queries, keys", [(0, 3, 3), (2, 0, 3), (2, 3, 0), (2, 64, 0), (2, 130, 0)])
+def test_empty(batch, queries, keys):
+    x, options = make(torch.bfloat16, queries, keys, 32, batch=batch)
+    assert_empty(lambda *a: timestep_attention(*a, **options), x)
+    offsets, key_offsets = (torch.arange(batch + 1, device="cuda") * tokens for tokens in (queries, keys))
+    packed = {name: t.flatten(0, 1) if name in "qkv" else t for name, t in x.items()}
+    assert_empty(lambda *a: packed_timestep_attention(*a, offsets=offsets, key_offsets=key_offsets,
+                                                      timesteps=options["timesteps"].flatten()), packed)
+
+
+@pytest.mark.parametrize("batch, tokens", [(0, 3), (2, 0)])
+@pytest.mark.parametrize("tau", ["table", "direct"])
+def test_empty_rotary(batch, tokens, tau):
+    x, options = make(torch.bfloat16, tokens, tokens, 32, batch=batch, tau=tau)
+    del x["u"], x["w"]
+    assert_empty(lambda *a: rotary_timestep_attention(*a, **options), x)
+
+
+@pytest.mark.parametrize("tokens", [50, 70])
+@pytest.mark.parametrize("form", ["txl", "rotary", "packed"])
+def test_strided_and_unaligned_inputs(form, tokens):
+    """Parts of a fused projection and rows that begin between multiples of 16 bytes: the same bits, gradients included."""
+    fused = torch.randn(3, tokens, 4, 2, 64, device="cuda").bfloat16()
+    offsets = torch.tensor([0, tokens + 9, 3 * tokens], device="cuda")
+    attend = {"txl": timestep_attention, "rotary": rotary_timestep_attention,
+              "packed": functools.partial(packed_timestep_attention, offsets=offsets)}[form]
+    fused = fused.flatten(0, 1) if form == "packed" else fused
+    shifted = torch.empty(fused.numel() + 1, dtype=fused.dtype, device="cuda")[1:].view(fused.shape).copy_(fused)
+    results = []
+    for whole in (None, fused, shifted):
+        parts = [x.contiguous() for x in fused.unbind(-3)] if whole is None else whole.unbind(-3)
+        leaves = [x.detach().requires_grad_() for x in parts]
+        out = attend(*leaves)
+        grad = fused.unbind(-3)[0] if whole is None else whole.unbind(-3)[0]
+        results.append([out, *torch.autograd.grad(out, leaves, grad)])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def test_a_fused_projection_gets_the_same_gradients():
@@ -268,6 +297,26 @@ def test_opcheck():
     leaves = [t.requires_grad_() for t in x.values()]
     arguments = (*leaves, options["timesteps"], options["key_mask"], torch.tensor([3]), 0.2, 0.25)
     torch.library.opcheck(torch.ops.pydiffseq.timestep_attention.default, arguments)
+
+
+def packed_arguments(dtype, dim):
+    x, options = make(dtype, 9, 11, dim, masked=False)
+    leaves = [(t.flatten(0, 1) if name in "qkv" else t).requires_grad_() for name, t in x.items()]
+    offsets, key_offsets = torch.tensor([0, 5, 18], device="cuda"), torch.tensor([0, 9, 22], device="cuda")
+    return leaves, offsets, key_offsets, options["timesteps"].flatten()
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_opcheck_of_packed_sentences(dtype):
+    leaves, *rest = packed_arguments(dtype, 32)
+    torch.library.opcheck(torch.ops.pydiffseq.packed_timestep_attention.default,
+                          (*leaves, *rest, torch.tensor([3]), 13, 13, 0.2, 0.25))
+
+
+def test_gradcheck_of_packed_sentences():
+    leaves, offsets, key_offsets, timesteps = packed_arguments(torch.float64, 4)
+    assert torch.autograd.gradcheck(lambda *a: packed_timestep_attention(
+        *a, offsets=offsets, key_offsets=key_offsets, timesteps=timesteps, dropout_p=0.3, seed=7), leaves)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

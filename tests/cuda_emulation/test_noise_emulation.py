@@ -22,6 +22,14 @@ def test_sizes_and_places_of_the_seed(install, shape, on_device, monkeypatch):
     assert torch.equal(out, reference.philox_normal(seed, *shape, 3, None, 1, torch.float32, CPU))
 
 
+def test_an_error_is_that_of_one_call(install, monkeypatch):
+    arguments = (torch.empty(1, 2, 4), torch.tensor([-5]), 3, None, 1)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="philox_normal: CUDA error: invalid argument"):
+        patch.setattr(_cuda, "launch", lambda kernel, device, *arguments: kernel(*arguments, 0, 1))
+        noise._philox_normal_kernel(*arguments)
+    noise._philox_normal_kernel(*arguments)
+
+
 def test_out_of_range_becomes_nan(install):
     x0, t, schedule = torch.ones(2, 3, 8), torch.tensor([[0, 7, 1], [2, 0, -1]]), torch.full((7,), 0.5)
     out, _ = noise._q_sample_kernel(x0, t, schedule, schedule, None, torch.tensor([1]), 0, None, False)

@@ -210,13 +210,31 @@ def test_empty(install, batch, queries, keys):
         assert torch.equal(a.double(), b)
 
 
-def test_slices_of_a_fused_projection_and_unaligned_tensors(install):
-    qkv = torch.randn(2, 13, 3, 2, 32).bfloat16()
-    whole = [x.contiguous() for x in qkv.unbind(2)]
-    expected, _ = attention._forward_kernel(*whole, *[None] * 6, 0.0, 0.2)
-    shifted = torch.empty(qkv.numel() + 1, dtype=torch.bfloat16)[1:].view(qkv.shape).copy_(qkv)
-    for parts in (qkv.unbind(2), shifted.unbind(2)):
-        assert torch.equal(attention._forward_kernel(*parts, *[None] * 6, 0.0, 0.2)[0], expected)
+@pytest.mark.parametrize("queries", [64, 70])
+def test_queries_without_keys(every_order, queries):
+    """Nothing is walked over, and still a warp must not overtake the copies of another into its rows."""
+    ours, _, exact = run(make(torch.bfloat16, queries, 0, 64, batch=1))
+    assert torch.equal(ours[0].double(), exact[0]) and not ours[2].any()
+
+
+@pytest.mark.parametrize("form", ["txl", "rotary", "packed"])
+def test_slices_of_a_fused_projection_and_unaligned_tensors(install, form):
+    fused = torch.randn(2, 33, 4, 2, 32).bfloat16()
+    fused = fused.flatten(0, 1) if form == "packed" else fused
+    shifted = torch.empty(fused.numel() + 1, dtype=torch.bfloat16)[1:].view(fused.shape).copy_(fused)
+    results = []
+    for parts in ([x.contiguous() for x in fused.unbind(-3)], fused.unbind(-3), shifted.unbind(-3)):
+        if form == "packed":
+            rest = (*parts, None, None, torch.tensor([0, 45, 66]), torch.tensor([0, 45, 66]), None, None)
+            out, lse = packed._forward_kernel(*rest, 45, 45, 0.0, 0.2)
+            grads = packed._backward_kernel(parts[0], *rest, out, lse, 45, 45, 0.0, 0.2)
+        else:
+            rest = (*parts, *[None] * 5)
+            out, lse = attention._forward_kernel(*rest, 0.0, 0.2, form == "rotary")
+            grads = attention._backward_kernel(parts[0], *rest, out, lse, 0.0, 0.2, form == "rotary")
+        results.append([out, lse, *(g for g in grads if g is not None)])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def test_gradients_of_a_fused_projection(install):

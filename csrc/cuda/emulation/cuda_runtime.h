@@ -65,8 +65,19 @@ using cudaStream_t = void*;
 inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : "invalid argument";
 }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidValue; }
+inline cudaError_t& emulated_last_error() {   // stays until somebody asks for it
+  static cudaError_t error = cudaSuccess;
+  return error;
+}
+inline cudaError_t cudaGetLastError() {
+  const cudaError_t error = emulated_last_error();
+  emulated_last_error() = cudaSuccess;
+  return error;
+}
+inline cudaError_t cudaSetDevice(int device) {
+  if (device != 0) emulated_last_error() = cudaErrorInvalidValue;
+  return device == 0 ? cudaSuccess : cudaErrorInvalidValue;
+}
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrMultiProcessorCount ? 2 : 101376;   // shared memory as on sm_86 and sm_89
   return cudaSuccess;
