@@ -234,7 +234,8 @@ def cases(args: argparse.Namespace) -> list[dict]:
 def in_a_process(case: dict) -> dict | None:
     done = subprocess.run([sys.executable, __file__, "--case", json.dumps(case)], capture_output=True, text=True)
     if done.returncode:
-        print(f"{case['contender']} failed: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        why = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        print(f"{case['contender']} failed: {why[-1]}", file=sys.stderr)
         return None
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -282,9 +283,11 @@ def main() -> None:
     if args.official:
         args.official = os.path.abspath(args.official)
     results = json.loads(args.json.read_text()) if args.json and args.json.exists() else []
+    failed = False
     for case in cases(args):
         result = in_a_process(case)
         if result is None:
+            failed = True
             continue
         results.append({key: value for key, value in result.items() if key not in ("official", "seconds")})
         print(table(results[-1:]).splitlines()[-1], flush=True)
@@ -292,6 +295,8 @@ def main() -> None:
             args.json.write_text(json.dumps(results, indent=1))
     print(f"\n{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
     print(table(results))
+    if failed:
+        sys.exit("some cases failed")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""One command for a machine with a CUDA GPU, without network: build, tests, benchmarks, compute-sanitizer.
+"""One command for a machine with a CUDA GPU, without network: build, tests, benchmarks, decoding, compute-sanitizer.
 
     python tools/gpu_check.py [--out build/gpu] [--minutes 9]
 
 Needs nvcc and a Python with torch for CUDA, pybind11, cmake, ninja and pytest. Builds the extension into pydiffseq/ of this
 checkout. Every stage has its share of the time and its own exit status; none hides another. Writes gpu_check.json,
-gpu_check.md, gpu_check.log and benchmarks.json to --out (by default $OUT, else build/gpu).
+gpu_check.md, gpu_check.log, benchmarks.json and decoding.json to --out (by default $OUT, else build/gpu).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAST_SECONDS = 5.0
+MEASURED = ("benchmarks", "decoding")   # stages that write a file of figures, and whose output the markdown shows
 TAIL = 3000   # characters of a stage's output that the markdown shows
 
 
@@ -94,6 +95,16 @@ def benchmarks(out: Path, seconds: float) -> list[str]:
             "--seconds", f"{seconds:.0f}"]
 
 
+def decoding(out: Path) -> list[str]:
+    """Sentences per second of whole decoding loops; against fairseq's Transformer where that is installed."""
+    contenders = ["pydiffseq bfloat16", "pydiffseq bfloat16 without graphs"]
+    if importlib.util.find_spec("fairseq") is not None:
+        contenders.append("transformer float16")
+    return [sys.executable, str(ROOT / "benchmarks" / "decode.py"), "--device", "cuda", "--sizes", "iwslt14",
+            "--batches", "8", "64", "--candidates", "10", "--steps", "20", "--seconds", "2",
+            "--json", str(out / "decoding.json"), "--contenders", *contenders]
+
+
 def sanitizer(check: str) -> list[str]:
     program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if program is None:
@@ -108,6 +119,7 @@ def stages(out: Path, benchmark_seconds: float) -> list[Stage]:
         Stage("build", build, 240),
         Stage("CUDA tests", lambda: tests("tests/cuda", kernels=True), 150),
         Stage("benchmarks", lambda: benchmarks(out, benchmark_seconds), benchmark_seconds + 60),
+        Stage("decoding", lambda: decoding(out), 100),
         Stage("memcheck", lambda: sanitizer("memcheck"), 90, uncached),
         Stage("racecheck", lambda: sanitizer("racecheck"), 90),
         Stage("synccheck", lambda: sanitizer("synccheck"), 60),
@@ -158,17 +170,16 @@ def execute(command: list[str], env: dict[str, str], limit: float) -> tuple[str,
 
 def report(done: list[Stage], out: Path) -> None:
     """gpu_check.json and gpu_check.md, also of a run that is not over yet."""
-    measured = {}
-    if (out / "benchmarks.json").exists():
-        measured = json.loads((out / "benchmarks.json").read_text(encoding="utf-8"))
+    files = {name: out / f"{name}.json" for name in MEASURED}
+    measured = {name: json.loads(file.read_text(encoding="utf-8")) if file.exists() else {} for name, file in files.items()}
     listed = [{"name": s.name, "status": s.status, "seconds": round(s.taken, 1)} for s in done]
-    content = json.dumps({"stages": listed, "benchmarks": measured}, indent=1)
+    content = json.dumps({"stages": listed, **measured}, indent=1)
     (out / "gpu_check.json").write_text(content, encoding="utf-8")
     lines = ["# GPU check", "", "| stage | result | s |", "|---|---|---:|",
              *(f"| {s.name} | {s.status} | {s.taken:.1f} |" for s in done), ""]
     for stage in done:
-        if stage.name == "benchmarks" or not stage.good:
-            shown = stage.output if stage.name == "benchmarks" and stage.good else stage.output[-TAIL:]
+        if stage.name in MEASURED or not stage.good:
+            shown = stage.output if stage.good else stage.output[-TAIL:]
             lines += [f"## {stage.name}", "", shown if stage.good else f"```\n{shown}\n```", ""]
     (out / "gpu_check.md").write_text("\n".join(lines), encoding="utf-8")
 
@@ -201,7 +212,7 @@ def main() -> int:
         sys.path.insert(0, str(ROOT))
         return exercise()
     args.out.mkdir(parents=True, exist_ok=True)
-    for old in ("gpu_check.log", "benchmarks.json"):
+    for old in ("gpu_check.log", *(f"{name}.json" for name in MEASURED)):
         (args.out / old).unlink(missing_ok=True)
     end, done = time.monotonic() + 60 * args.minutes, []
     for stage in stages(args.out, args.benchmark_seconds):

@@ -51,7 +51,7 @@ def test_every_stage_is_run_and_reported(check, monkeypatch, tmp_path, capsys):
     assert {s["name"]: s["status"] for s in report["stages"]} == {
         "environment": "ok", "build": "failed to start", "CUDA tests": "exit status 3", "missing": "failed to start",
         "hangs": "timed out after 6 s", "benchmarks": "ok", "memcheck": "left out"}
-    assert report["benchmarks"] == {"cases": [1]}
+    assert report["benchmarks"] == {"cases": [1]} and report["decoding"] == {}
     text, log = (tmp_path / "gpu_check.md").read_text(), (tmp_path / "gpu_check.log").read_text()
     assert "1 failed" in text and "RuntimeError: torch sees no GPU" in text and "| table |" in text
     assert "hello" in log and "hello" not in text and "compute-sanitizer was not found" in log
@@ -75,3 +75,19 @@ def test_the_real_stages_can_be_made(check, tmp_path, monkeypatch):
         assert all(Path(word).is_file() for word in script), name
         if command[0] == "bash":
             subprocess.run(["bash", "-n", "-c", command[2]], check=True)
+
+
+def test_decoding_is_measured_without_fairseq(check, tmp_path):
+    (tmp_path / "fairseq.py").write_text("raise ImportError('not on that machine')")
+    out = tmp_path / "out"
+    out.mkdir()
+    smaller = ["--device", "cpu", "--batches", "1", "--candidates", "1", "--steps", "2", "--seconds", "0"]
+    command = [word for word in check.decoding(out) if word != "transformer float16"] + smaller
+    run = check.Stage("decoding", lambda: command, 120, {"PYTHONPATH": f"{check.ROOT}{check.os.pathsep}{tmp_path}"})
+    check.run(run, tmp_path / "log", time.monotonic() + 120)
+    assert run.status == "ok", run.output
+    check.report([run], out)
+    measured = json.loads((out / "gpu_check.json").read_text())["decoding"]
+    assert [m["contender"] for m in measured] == ["pydiffseq bfloat16", "pydiffseq bfloat16 without graphs"]
+    assert all(m["sentences_per_second"] > 0 for m in measured)
+    assert "| iwslt14 | padded | 1 | 1 | 2 | pydiffseq bfloat16 without graphs |" in (out / "gpu_check.md").read_text()
