@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 
+#include "common/token_times.h"
 #include "cpu/dispatch.h"
 
 namespace pds {
@@ -19,7 +20,7 @@ struct NoiseKey {
 struct QSampleArgs {
   const void* source;    // x0 [B, N, d], or the table [V, d]
   const int64_t* ids;    // [B, N] or null
-  const int64_t* t;      // [B, N], or [B] where t_per_token is false
+  TokenTimes times;
   const float* signal;   // [T]
   const float* sigma;    // [T]
   const uint8_t* mask;   // [B, N] or null; 0: x_t = x0, eps = 0
@@ -28,23 +29,23 @@ struct QSampleArgs {
   void* x0;              // [B, N, d] output, only with ids
   void* x_t;             // [B, N, d] output
   void* eps;             // [B, N, d] output or null
-  int64_t* bad_t;        // receives the token whose t lies outside [0, T), else left alone
+  int64_t* bad_t;        // receives the token whose timestep lies outside [0, T), else left alone
   int64_t* bad_id;       // the same for ids outside [0, V)
   NoiseKey key;
   int64_t B, N, d, T, V;
   float sigma0;
-  bool t_per_token, bf16;
+  bool bf16;
 };
 
 // out = signal[t] grad (grad where the mask is 0).
 struct QSampleBackwardArgs {
   const void* grad;
-  const int64_t* t;
+  TokenTimes times;
   const float* signal;
   const uint8_t* mask;
   void* out;
   int64_t B, N, d, T;
-  bool t_per_token, bf16;
+  bool bf16;
 };
 
 // table[ids] += grad_x0 + signal[t] grad_x_t, in token order for every column (deterministic); the table is float32.
@@ -52,25 +53,27 @@ struct EmbedBackwardArgs {
   const void* grad_x0;    // either may be null
   const void* grad_x_t;
   const int64_t* ids;
-  const int64_t* t;
+  TokenTimes times;       // and signal: only with grad_x_t
   const float* signal;
   const uint8_t* mask;
   float* table;           // [V, d], starts at zero
   int64_t B, N, d, T, V;
-  bool t_per_token, bf16;
+  bool bf16;
 };
 
 // out = a x + b x0_hat + c eps with one coefficient a token, x0_hat clamped to -limit..limit.
 struct SamplerStepArgs {
   const void* x;
-  const void* x0_hat;
-  const float* a;   // [B, N] each
+  const void* x0_hat;   // [B, N, d], or with ids a table [V, d]
+  const int64_t* ids;   // [B, N] or null
+  const float* a;       // [B, N] each
   const float* b;
   const float* c;
   void* out;
+  int64_t* bad_id;      // receives the token whose id lies outside [0, V), else left alone
   NoiseKey key;
-  int64_t B, N, d;
-  float limit;      // infinite: none
+  int64_t B, N, d, V;
+  float limit;          // infinite: none
   bool bf16;
 };
 

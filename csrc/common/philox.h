@@ -1,7 +1,7 @@
 // Counter-based normal noise, the same bits on every instruction set and device.
 //
 // Philox 4x32-10 (Salmon et al., SC 2011) followed by Box-Muller, written with integer operations and the IEEE-exact
-// operations fma, mul, add and sqrt only. A compiler may not contract or reorder them: host files that include this
+// operations fma, mul, add, div and sqrt only. A compiler may not contract or reorder them: host files that include this
 // header and want the contract are compiled with -ffp-contract=off.
 #pragma once
 #include <cstdint>
@@ -74,6 +74,13 @@ PDS_HD float exact_add(float a, float b) {
   return __fadd_rn(a, b);
 #else
   return a + b;
+#endif
+}
+PDS_HD float exact_div(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fdiv_rn(a, b);
+#else
+  return a / b;
 #endif
 }
 PDS_HD float exact_sqrt(float a) {

@@ -93,7 +93,7 @@ void absorb_token(const QSampleArgs& args, const Philox& philox, int64_t token, 
 template <typename T>
 void q_sample_token(const QSampleArgs& args, Philox& philox, int64_t token) {
   const int64_t sentence = token / args.N, n = token % args.N, d = args.d;
-  const int64_t t = args.t[args.t_per_token ? token : sentence];
+  const int64_t t = args.times.at(token, sentence, n, args.T);
   if (!inside(t, args.T)) return note_bad(args.bad_t, token);
   const T* x0 = static_cast<const T*>(args.source) + token * d;
   if (args.ids != nullptr) {
@@ -133,7 +133,7 @@ void q_sample_backward_all(const QSampleBackwardArgs& args) {
   T* out = static_cast<T*>(args.out);
   parallel_ranges(args.B * args.N, 4 * grain(args.d), [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
-      const int64_t t = args.t[args.t_per_token ? token : token / args.N];
+      const int64_t t = args.times.at(token, token / args.N, token % args.N, args.T);
       const vfloat signal = splat(clean(args.mask, token) ? 1.f : args.signal[t]);
       for (int64_t j = 0; j < args.d; j += kWidth) {
         const int count = static_cast<int>(std::min<int64_t>(kWidth, args.d - j));
@@ -149,8 +149,9 @@ void embed_backward_columns(const EmbedBackwardArgs& args, int64_t begin, int64_
   const T* grad_x0 = static_cast<const T*>(args.grad_x0);
   const T* grad_x_t = static_cast<const T*>(args.grad_x_t);
   for (int64_t token = 0; token < args.B * args.N; ++token) {
-    const int64_t t = args.t[args.t_per_token ? token : token / args.N];
-    const vfloat signal = splat(clean(args.mask, token) ? 1.f : args.signal[t]);
+    vfloat signal{};
+    if (grad_x_t != nullptr)
+      signal = splat(clean(args.mask, token) ? 1.f : args.signal[args.times.at(token, token / args.N, token % args.N, args.T)]);
     float* row = args.table + args.ids[token] * args.d;
     for (int64_t j = begin; j < end; j += kWidth) {
       const int count = static_cast<int>(std::min<int64_t>(kWidth, end - j));
@@ -176,7 +177,9 @@ template <typename T>
 void sampler_step_token(const SamplerStepArgs& args, Philox& philox, int64_t token) {
   const int64_t d = args.d;
   const T* x = static_cast<const T*>(args.x) + token * d;
-  const T* x0_hat = static_cast<const T*>(args.x0_hat) + token * d;
+  const int64_t row = args.ids == nullptr ? token : args.ids[token];
+  if (args.ids != nullptr && !inside(row, args.V)) return note_bad(args.bad_id, token);
+  const T* x0_hat = static_cast<const T*>(args.x0_hat) + row * d;
   T* out = static_cast<T*>(args.out) + token * d;
   const vfloat a = splat(args.a[token]), b = splat(args.b[token]), c = splat(args.c[token]);
   const bool clamps = args.limit < std::numeric_limits<float>::infinity();

@@ -140,7 +140,7 @@ q_sample_kernel(const __grid_constant__ QSampleArgs args, const int64_t* device_
   const uint64_t seed = key_of(args.key.seed, device_seed);
   const bool embed = args.ids != nullptr;
   for_each_item(walk.tokens, [&](int64_t token, int64_t sentence, int64_t n) {
-    const int64_t t = __ldg(args.t + (args.t_per_token ? token : sentence));
+    const int64_t t = args.times.at(token, sentence, n, args.T);
     const int64_t id = embed ? __ldg(args.ids + token) : token;
     SampleRow<T> row;
     row.x0 = embed ? row_of<T>(args.x0, token, args.d) : nullptr;
@@ -168,8 +168,8 @@ q_sample_kernel(const __grid_constant__ QSampleArgs args, const int64_t* device_
 template <typename T>
 __global__ void __launch_bounds__(kUnitThreads)
 q_sample_backward_kernel(const __grid_constant__ QSampleBackwardArgs args, const __grid_constant__ Walk walk) {
-  for_each_item(walk.tokens, [&](int64_t token, int64_t sentence, int64_t) {
-    const int64_t t = __ldg(args.t + (args.t_per_token ? token : sentence));
+  for_each_item(walk.tokens, [&](int64_t token, int64_t sentence, int64_t n) {
+    const int64_t t = args.times.at(token, sentence, n, args.T);
     const T* grad = static_cast<const T*>(args.grad) + token * args.d;
     T* out = row_of<T>(args.out, token, args.d);
     if (!inside(t, args.T)) return fill_with_nan(walk, out);
@@ -191,8 +191,10 @@ sampler_step_kernel(const __grid_constant__ SamplerStepArgs args, const int64_t*
   const uint64_t seed = key_of(args.key.seed, device_seed);
   for_each_item(walk.tokens, [&](int64_t token, int64_t sentence, int64_t n) {
     const T* x = static_cast<const T*>(args.x) + token * args.d;
-    const T* x0_hat = static_cast<const T*>(args.x0_hat) + token * args.d;
+    const int64_t goal_row = args.ids == nullptr ? token : __ldg(args.ids + token);
     T* out = row_of<T>(args.out, token, args.d);
+    if (args.ids != nullptr && !inside(goal_row, args.V)) return fill_with_nan(walk, out);
+    const T* x0_hat = static_cast<const T*>(args.x0_hat) + goal_row * args.d;
     const float a = __ldg(args.a + token), b = __ldg(args.b + token), c = __ldg(args.c + token);
     const Coordinates at = coordinates(args.key, seed, NoiseStream::x_t, sentence, n, args.d);
     for_each_unit<T>(walk, [&](uint32_t unit, int64_t offset, int count, bool whole) {

@@ -54,6 +54,11 @@ def xy_token_timesteps(s: Tensor, lengths: Tensor, max_len: int, T: int, anchor_
     """
     check_anchor_scale(anchor_scale)
     check_timesteps("the sentence index s", s, 0, T - 1 + int(lengths.max()) if lengths.device.type == "cpu" else T)
+    return xy_line(s, lengths, max_len, T, anchor_scale)
+
+
+def xy_line(s: Tensor, lengths: Tensor, max_len: int, T: int, anchor_scale: float) -> Tensor:
+    """:func:`xy_token_timesteps` without its checks; csrc/common/token_times.h takes the same steps."""
     last = lengths - 1
     # t_s reaches T at the last s; one less changes no token, and keeps padding beyond the anchor from falling
     start_n, start_t = (last - s).clamp_min(0), (s - last).clamp(0, T - 1)

@@ -23,18 +23,21 @@ from pydiffseq.ops._extension import (
 
 library.define(
     "q_sample(Tensor x0, Tensor t, Tensor signal, Tensor sigma, Tensor? mask, Tensor seed, int step, Tensor? rows, "
-    "bool return_noise, Tensor? absorbing=None, Tensor? gone=None) -> (Tensor x_t, Tensor eps)")
-library.define("q_sample_backward(Tensor grad, Tensor t, Tensor signal, Tensor? mask) -> Tensor")
+    "bool return_noise, Tensor? absorbing=None, Tensor? gone=None, Tensor? lengths=None, float anchor_scale=2.0)"
+    " -> (Tensor x_t, Tensor eps)")
+library.define(
+    "q_sample_backward(Tensor grad, Tensor t, Tensor signal, Tensor? mask, Tensor? lengths=None, float anchor_scale=2.0)"
+    " -> Tensor")
 library.define(
     "embed_q_sample(Tensor table, Tensor ids, Tensor t, Tensor signal, Tensor sigma, float sigma0, Tensor? mask, "
-    "Tensor seed, int step, Tensor? rows, bool return_noise, Tensor? absorbing=None, Tensor? gone=None)"
-    " -> (Tensor x0, Tensor x_t, Tensor eps)")
+    "Tensor seed, int step, Tensor? rows, bool return_noise, Tensor? absorbing=None, Tensor? gone=None, "
+    "Tensor? lengths=None, float anchor_scale=2.0) -> (Tensor x0, Tensor x_t, Tensor eps)")
 library.define(
     "embed_q_sample_backward(Tensor? grad_x0, Tensor? grad_x_t, Tensor ids, Tensor t, Tensor signal, Tensor? mask, "
-    "SymInt vocab, Tensor like) -> Tensor")
+    "SymInt vocab, Tensor like, Tensor? lengths=None, float anchor_scale=2.0) -> Tensor")
 library.define(
     "sampler_step(Tensor x, Tensor x0_hat, Tensor a, Tensor b, Tensor c, Tensor seed, int step, Tensor? rows, "
-    "float? limit=None) -> Tensor")
+    "float? limit=None, Tensor? ids=None) -> Tensor")
 library.define(
     "philox_normal(Tensor seed, SymInt B, SymInt N, SymInt d, int step, Tensor? rows, int stream, ScalarType dtype, "
     "Device device) -> Tensor")
@@ -42,7 +45,8 @@ library.define(
 
 def q_sample(x0: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, *, mask: Tensor | None = None,
              seed: int | Tensor | None = None, step: int = 0, rows: Tensor | None = None, return_noise: bool = False,
-             absorbing: Tensor | None = None, gone: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+             absorbing: Tensor | None = None, gone: Tensor | None = None, lengths: Tensor | None = None,
+             anchor_scale: float = 2.0) -> Tensor | tuple[Tensor, Tensor]:
     """``x_t = signal[t] * x0 + sigma[t] * eps`` in one pass; eps, from Philox, is in memory only if asked for.
 
     The forward process of DDPM (Ho et al. 2020, equation 4): ``signal = sqrt(abar)``, ``sigma = sqrt(1 - abar)``;
@@ -51,7 +55,8 @@ def q_sample(x0: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, *, mask: Tens
 
     Args:
         x0: float [B, N, d].
-        t: int64 [B] (one timestep per sentence) or [B, N] (per token), in 0..T-1.
+        t: int64 [B] (one timestep per sentence) or [B, N] (per token), in 0..T-1; with ``lengths`` the sentence index
+            [B] of :func:`pydiffseq.diffusion.xy_token_timesteps`, in 0..T+length-1.
         signal, sigma: float32 [T].
         mask: bool [B, N]; True: noise the token, False: ``x_t = x0`` and ``eps = 0`` there. None: noise all.
         seed: the 64-bit key, an int or an int64 tensor of one element; None: drawn from torch's generator. On CUDA a
@@ -62,6 +67,9 @@ def q_sample(x0: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, *, mask: Tens
         absorbing: float [d] of x0's dtype, what noise drifts to (DiffuSeq-v2's soft absorbing state, Gong et al. 2023):
             ``(1 - signal[t]) * absorbing`` is added to x_t. None: 0.
         gone: bool [B, N]; True: x_t is ``absorbing`` alone, where the mask noises the token. Only with ``absorbing``.
+        lengths: int64 [B]; the token timesteps are then those of ``xy_token_timesteps(t, lengths, N, T, anchor_scale)``,
+            made where they are needed and not in memory.
+        anchor_scale: position of the anchor in units of the length; only with ``lengths``.
 
     Returns:
         x_t [B, N, d] in x0's dtype, or ``(x_t, eps)``. Differentiable in x0 and absorbing.
@@ -74,18 +82,21 @@ def q_sample(x0: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, *, mask: Tens
     check_float("x0", x0)
     if x0.dim() != 3:
         raise ValueError(f"x0 must have shape [B, N, d], got {list(x0.shape)}")
-    _check_schedule(x0.shape[0], x0.shape[1], t, signal, sigma, mask)
+    _check_schedule(x0.shape[0], x0.shape[1], t, signal, sigma, mask, lengths, anchor_scale)
     _check_key(x0.shape[0], step, rows)
     _check_absorbing(absorbing, gone, x0, tuple(x0.shape[:2]))
-    check_same_device(x0=x0, t=t, signal=signal, sigma=sigma, mask=mask, rows=rows, absorbing=absorbing, gone=gone)
-    x_t, eps = _q_sample_op(x0, t, signal, sigma, mask, draw_seed(seed), step, rows, return_noise, absorbing, gone)
+    check_same_device(x0=x0, t=t, signal=signal, sigma=sigma, mask=mask, rows=rows, absorbing=absorbing, gone=gone,
+                      lengths=lengths)
+    x_t, eps = _q_sample_op(x0, t, signal, sigma, mask, draw_seed(seed), step, rows, return_noise, absorbing, gone,
+                            lengths, anchor_scale)
     return (x_t, eps) if return_noise else x_t
 
 
 def embed_q_sample(table: Tensor, ids: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, *, sigma0: float,
                    mask: Tensor | None = None, seed: int | Tensor | None = None, step: int = 0,
                    rows: Tensor | None = None, return_noise: bool = False, absorbing: Tensor | None = None,
-                   gone: Tensor | None = None) -> tuple[Tensor, ...]:
+                   gone: Tensor | None = None, lengths: Tensor | None = None,
+                   anchor_scale: float = 2.0) -> tuple[Tensor, ...]:
     """``x0 = table[ids] + sigma0 * eps'``, and :func:`q_sample` of that x0, in one pass.
 
     The embedding step ``q(x_0 | w)`` of Diffusion-LM (Li et al. 2022, section 4.2) and the forward process after it.
@@ -94,7 +105,7 @@ def embed_q_sample(table: Tensor, ids: Tensor, t: Tensor, signal: Tensor, sigma:
     Args:
         table: float [V, d], the embeddings.
         ids: int64 [B, N] in 0..V-1.
-        t, signal, sigma, seed, step, rows, return_noise, absorbing, gone: as in :func:`q_sample`.
+        t, signal, sigma, seed, step, rows, return_noise, absorbing, gone, lengths, anchor_scale: as in :func:`q_sample`.
         sigma0: standard deviation of the noise of x0, the same for all tokens; 0 draws none.
         mask: bool [B, N], as in :func:`q_sample`; it does not stop the noise of x0.
 
@@ -114,35 +125,38 @@ def embed_q_sample(table: Tensor, ids: Tensor, t: Tensor, signal: Tensor, sigma:
         raise TypeError(f"ids must be int64, got {ids.dtype}")
     if ids.dim() != 2:
         raise ValueError(f"ids must have shape [B, N], got {list(ids.shape)}")
-    _check_schedule(ids.shape[0], ids.shape[1], t, signal, sigma, mask)
+    _check_schedule(ids.shape[0], ids.shape[1], t, signal, sigma, mask, lengths, anchor_scale)
     _check_key(ids.shape[0], step, rows)
     _check_absorbing(absorbing, gone, table, tuple(ids.shape))
     check_same_device(table=table, ids=ids, t=t, signal=signal, sigma=sigma, mask=mask, rows=rows, absorbing=absorbing,
-                      gone=gone)
+                      gone=gone, lengths=lengths)
     x0, x_t, eps = _embed_op(table, ids, t, signal, sigma, sigma0, mask, draw_seed(seed), step, rows, return_noise,
-                             absorbing, gone)
+                             absorbing, gone, lengths, anchor_scale)
     return (x0, x_t, eps) if return_noise else (x0, x_t)
 
 
 def sampler_step(x: Tensor, x0_hat: Tensor, a: Tensor | float, b: Tensor | float, c: Tensor | float, *,
                  seed: int | Tensor | None = None, step: int = 0, rows: Tensor | None = None,
-                 limit: float | None = None) -> Tensor:
+                 limit: float | None = None, ids: Tensor | None = None) -> Tensor:
     """``a * x + b * x0_hat + c * eps`` in one pass: the update of every Gaussian sampler.
 
     Args:
-        x, x0_hat: float [B, N, d], of one dtype: the state and the prediction of x0.
+        x, x0_hat: float [B, N, d], of one dtype: the state and the prediction of x0. With ``ids``, x0_hat is a table
+            [V, d] and the prediction its rows ``x0_hat[ids]`` (rounding), which are not in memory.
         a, b, c: the coefficients: a number, [B] (per sentence), or two-dimensional and broadcastable to [B, N] (write
             [1, N] for per-token coefficients that all sentences share). Used in float32. Tokens with c = 0 draw no
             noise.
         seed, step, rows: as in :func:`q_sample`; use the index of the denoising step as ``step``.
         limit: x0_hat is clamped to ``-limit..limit`` first; None: not at all.
+        ids: int64 [B, N] in 0..V-1.
 
     Returns:
         [B, N, d] in x's dtype. Differentiable in x and x0_hat, not in the coefficients.
 
     Raises:
         TypeError: a dtype is not one of the above.
-        ValueError: shapes do not fit, tensors are on different devices, or step is out of range.
+        ValueError: shapes do not fit, tensors are on different devices, step is out of range, or an id is outside the
+            table (on the CPU; the CUDA kernel gives NaN there).
     """
     x, x0_hat = autocast_to_widest(x, x0_hat)
     check_float("x", x)
@@ -150,13 +164,16 @@ def sampler_step(x: Tensor, x0_hat: Tensor, a: Tensor | float, b: Tensor | float
         raise ValueError(f"x must have shape [B, N, d], got {list(x.shape)}")
     if x0_hat.dtype != x.dtype:
         raise TypeError(f"x0_hat must have the dtype of x, {x.dtype}, got {x0_hat.dtype}")
-    check_shape("x0_hat", x0_hat, tuple(x.shape))
+    if ids is None:
+        check_shape("x0_hat", x0_hat, tuple(x.shape))
+    else:
+        _check_rounded(x0_hat, ids, x)
     _check_key(x.shape[0], step, rows)
     if limit is not None and not limit >= 0:
         raise ValueError(f"limit must be at least 0, got {limit}")
     a, b, c = (_coefficient(name, value, x) for name, value in (("a", a), ("b", b), ("c", c)))
-    check_same_device(x=x, x0_hat=x0_hat, a=a, b=b, c=c, rows=rows)
-    return _step_op(x, x0_hat, a, b, c, draw_seed(seed), step, rows, limit)
+    check_same_device(x=x, x0_hat=x0_hat, a=a, b=b, c=c, rows=rows, ids=ids)
+    return _step_op(x, x0_hat, a, b, c, draw_seed(seed), step, rows, limit, ids)
 
 
 def philox_normal(shape: tuple[int, int, int], *, seed: int | Tensor | None = None, step: int = 0,
@@ -199,10 +216,19 @@ _normal_op = torch.ops.pydiffseq.philox_normal.default
 # --- Checks ---
 
 
-def _check_schedule(B: int, N: int, t: Tensor, signal: Tensor, sigma: Tensor, mask: Tensor | None) -> None:
+def _check_schedule(B: int, N: int, t: Tensor, signal: Tensor, sigma: Tensor, mask: Tensor | None,
+                    lengths: Tensor | None, anchor_scale: float) -> None:
     if t.dtype != torch.int64:
         raise TypeError(f"t must be int64, got {t.dtype}")
-    check_shape("t", t, (B,), (B, N))
+    if lengths is None:
+        check_shape("t", t, (B,), (B, N))
+    else:
+        if lengths.dtype != torch.int64:
+            raise TypeError(f"lengths must be int64, got {lengths.dtype}")
+        check_shape("lengths", lengths, (B,))
+        check_shape("t", t, (B,))
+        if not 0 < anchor_scale < math.inf:
+            raise ValueError(f"the anchor scale must be a positive number, got {anchor_scale}")
     for name, schedule in (("signal", signal), ("sigma", sigma)):
         if schedule.dtype != torch.float32:
             raise TypeError(f"{name} must be float32, got {schedule.dtype}")
@@ -237,6 +263,14 @@ def _check_absorbing(absorbing: Tensor | None, gone: Tensor | None, like: Tensor
         check_shape("gone", gone, tokens)
 
 
+def _check_rounded(table: Tensor, ids: Tensor, x: Tensor) -> None:
+    if table.dim() != 2 or table.shape[1] != x.shape[2]:
+        raise ValueError(f"x0_hat must have shape [V, {x.shape[2]}], as ids are given, got {list(table.shape)}")
+    if ids.dtype != torch.int64:
+        raise TypeError(f"ids must be int64, got {ids.dtype}")
+    check_shape("ids", ids, tuple(x.shape[:2]))
+
+
 def _coefficient(name: str, value: Tensor | float, x: Tensor) -> Tensor:
     """``value`` as float32 [B, N]."""
     B, N = x.shape[:2]
@@ -252,11 +286,13 @@ def _coefficient(name: str, value: Tensor | float, x: Tensor) -> Tensor:
     return value.to(torch.float32).expand(B, N).contiguous()
 
 
-def _raise_out_of_range(bad: tuple[int, int], t: Tensor, T: int, N: int, ids: Tensor | None, vocab: int) -> None:
+def _raise_out_of_range(bad: tuple[int, int], t: Tensor, T: int, N: int, ids: Tensor | None, vocab: int,
+                        lengths: Tensor | None) -> None:
     bad_t, bad_id = bad
     if bad_t >= 0:
         value = t.flatten()[bad_t if t.dim() == 2 else bad_t // N]
-        raise ValueError(f"t must be in 0..{T - 1}, got {int(value)}")
+        most = T - 1 + (0 if lengths is None else int(lengths[bad_t // N]))
+        raise ValueError(f"t must be in 0..{most}, got {int(value)}")
     if bad_id >= 0 and ids is not None:
         raise ValueError(f"ids must be in 0..{vocab - 1}, got {int(ids.flatten()[bad_id])}")
 
@@ -268,73 +304,87 @@ def _contiguous(*tensors: Tensor | None) -> list:
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
+def _times(t: Tensor, lengths: Tensor | None, anchor_scale: float) -> tuple[int, int, float, bool]:
+    """Contiguous timesteps as the bindings take them."""
+    return pointer(t), pointer(lengths), anchor_scale, t.dim() == 2
+
+
 def _q_sample_cpu(x0: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, mask: Tensor | None, seed: Tensor, step: int,
-                  rows: Tensor | None, return_noise: bool, absorbing: Tensor | None = None,
-                  gone: Tensor | None = None) -> tuple[Tensor, Tensor]:
+                  rows: Tensor | None, return_noise: bool, absorbing: Tensor | None = None, gone: Tensor | None = None,
+                  lengths: Tensor | None = None, anchor_scale: float = 2.0) -> tuple[Tensor, Tensor]:
     if not use_kernel(x0):
-        return reference.q_sample(x0, t, signal, sigma, mask, seed, step, rows, return_noise, absorbing, gone)
-    x0, t, signal, sigma, mask, rows, absorbing, gone = _contiguous(x0, t, signal, sigma, mask, rows, absorbing, gone)
+        return reference.q_sample(x0, t, signal, sigma, mask, seed, step, rows, return_noise, absorbing, gone, lengths,
+                                  anchor_scale)
+    x0, t, signal, sigma, mask, rows = _contiguous(x0, t, signal, sigma, mask, rows)
+    absorbing, gone, lengths = _contiguous(absorbing, gone, lengths)
     x_t, eps = _q_sample_fake(x0, t, signal, sigma, mask, seed, step, rows, return_noise)
     B, N, d = x0.shape
     T = signal.shape[0]
     bad = C.q_sample(
-        pointer(x0), 0, pointer(t), pointer(signal), pointer(sigma), pointer(mask), pointer(absorbing), pointer(gone), 0,
-        pointer(x_t), pointer(eps) if return_noise else 0, pointer(seed), pointer(rows), step, B, N, d, T, 0, 0.0,
-        t.dim() == 2, x0.dtype == torch.bfloat16)
+        pointer(x0), 0, _times(t, lengths, anchor_scale), pointer(signal), pointer(sigma), pointer(mask),
+        pointer(absorbing), pointer(gone), 0, pointer(x_t), pointer(eps) if return_noise else 0, pointer(seed),
+        pointer(rows), step, B, N, d, T, 0, 0.0, x0.dtype == torch.bfloat16)
     if bad != (-1, -1):
-        _raise_out_of_range(bad, t, T, N, None, 0)
+        _raise_out_of_range(bad, t, T, N, None, 0, lengths)
     return x_t, eps
 
 
-def _q_sample_backward_cpu(grad: Tensor, t: Tensor, signal: Tensor, mask: Tensor | None) -> Tensor:
+def _q_sample_backward_cpu(grad: Tensor, t: Tensor, signal: Tensor, mask: Tensor | None, lengths: Tensor | None = None,
+                           anchor_scale: float = 2.0) -> Tensor:
     if not use_kernel(grad):
-        return reference.q_sample_backward(grad, t, signal, mask)
-    grad, t, signal, mask = _contiguous(grad, t, signal, mask)
+        return reference.q_sample_backward(grad, t, signal, mask, lengths, anchor_scale)
+    grad, t, signal, mask, lengths = _contiguous(grad, t, signal, mask, lengths)
     out = grad.new_empty(grad.shape)
-    C.q_sample_backward(pointer(grad), pointer(t), pointer(signal), pointer(mask), pointer(out), *grad.shape,
-                        signal.shape[0], t.dim() == 2, grad.dtype == torch.bfloat16)
+    C.q_sample_backward(pointer(grad), _times(t, lengths, anchor_scale), pointer(signal), pointer(mask), pointer(out),
+                        *grad.shape, signal.shape[0], grad.dtype == torch.bfloat16)
     return out
 
 
 def _embed_cpu(table: Tensor, ids: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, sigma0: float, mask: Tensor | None,
                seed: Tensor, step: int, rows: Tensor | None, return_noise: bool, absorbing: Tensor | None = None,
-               gone: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+               gone: Tensor | None = None, lengths: Tensor | None = None,
+               anchor_scale: float = 2.0) -> tuple[Tensor, Tensor, Tensor]:
     if not use_kernel(table):
         return reference.embed_q_sample(table, ids, t, signal, sigma, sigma0, mask, seed, step, rows, return_noise,
-                                        absorbing, gone)
+                                        absorbing, gone, lengths, anchor_scale)
     table, ids, t, signal, sigma, mask, rows = _contiguous(table, ids, t, signal, sigma, mask, rows)
-    absorbing, gone = _contiguous(absorbing, gone)
+    absorbing, gone, lengths = _contiguous(absorbing, gone, lengths)
     x0, x_t, eps = _embed_fake(table, ids, t, signal, sigma, sigma0, mask, seed, step, rows, return_noise)
     T, vocab = signal.shape[0], table.shape[0]
     bad = C.q_sample(
-        pointer(table), pointer(ids), pointer(t), pointer(signal), pointer(sigma), pointer(mask), pointer(absorbing),
-        pointer(gone), pointer(x0), pointer(x_t), pointer(eps) if return_noise else 0, pointer(seed), pointer(rows), step,
-        *x0.shape, T, vocab, sigma0, t.dim() == 2, table.dtype == torch.bfloat16)
+        pointer(table), pointer(ids), _times(t, lengths, anchor_scale), pointer(signal), pointer(sigma), pointer(mask),
+        pointer(absorbing), pointer(gone), pointer(x0), pointer(x_t), pointer(eps) if return_noise else 0, pointer(seed),
+        pointer(rows), step, *x0.shape, T, vocab, sigma0, table.dtype == torch.bfloat16)
     if bad != (-1, -1):
-        _raise_out_of_range(bad, t, T, ids.shape[1], ids, vocab)
+        _raise_out_of_range(bad, t, T, ids.shape[1], ids, vocab, lengths)
     return x0, x_t, eps
 
 
 def _embed_backward_cpu(grad_x0: Tensor | None, grad_x_t: Tensor | None, ids: Tensor, t: Tensor, signal: Tensor,
-                        mask: Tensor | None, vocab: int, like: Tensor) -> Tensor:
+                        mask: Tensor | None, vocab: int, like: Tensor, lengths: Tensor | None = None,
+                        anchor_scale: float = 2.0) -> Tensor:
     if not use_kernel(like):
-        return reference.embed_q_sample_backward(grad_x0, grad_x_t, ids, t, signal, mask, vocab, like)
-    grad_x0, grad_x_t, ids, t, signal, mask = _contiguous(grad_x0, grad_x_t, ids, t, signal, mask)
+        return reference.embed_q_sample_backward(grad_x0, grad_x_t, ids, t, signal, mask, vocab, like, lengths,
+                                                 anchor_scale)
+    grad_x0, grad_x_t, ids, t, signal, mask, lengths = _contiguous(grad_x0, grad_x_t, ids, t, signal, mask, lengths)
     d = like.shape[-1]
     table = torch.zeros(vocab, d)
-    C.embed_backward(pointer(grad_x0), pointer(grad_x_t), pointer(ids), pointer(t), pointer(signal), pointer(mask),
-                     pointer(table), *ids.shape, d, signal.shape[0], vocab, t.dim() == 2, like.dtype == torch.bfloat16)
+    C.embed_backward(pointer(grad_x0), pointer(grad_x_t), pointer(ids), _times(t, lengths, anchor_scale), pointer(signal),
+                     pointer(mask), pointer(table), *ids.shape, d, signal.shape[0], vocab, like.dtype == torch.bfloat16)
     return table.to(like.dtype)
 
 
 def _sampler_step_cpu(x: Tensor, x0_hat: Tensor, a: Tensor, b: Tensor, c: Tensor, seed: Tensor, step: int,
-                      rows: Tensor | None, limit: float | None = None) -> Tensor:
+                      rows: Tensor | None, limit: float | None = None, ids: Tensor | None = None) -> Tensor:
     if not use_kernel(x):
-        return reference.sampler_step(x, x0_hat, a, b, c, seed, step, rows, limit)
-    x, x0_hat, a, b, c, rows = _contiguous(x, x0_hat, a, b, c, rows)
+        return reference.sampler_step(x, x0_hat, a, b, c, seed, step, rows, limit, ids)
+    x, x0_hat, a, b, c, rows, ids = _contiguous(x, x0_hat, a, b, c, rows, ids)
     out = x.new_empty(x.shape)
-    C.sampler_step(pointer(x), pointer(x0_hat), pointer(a), pointer(b), pointer(c), pointer(out), pointer(seed),
-                   pointer(rows), step, *x.shape, math.inf if limit is None else limit, x.dtype == torch.bfloat16)
+    bad = C.sampler_step(
+        pointer(x), pointer(x0_hat), pointer(ids), pointer(a), pointer(b), pointer(c), pointer(out), pointer(seed),
+        pointer(rows), step, *x.shape, x0_hat.shape[0], math.inf if limit is None else limit, x.dtype == torch.bfloat16)
+    if bad >= 0 and ids is not None:
+        raise ValueError(f"ids must be in 0..{x0_hat.shape[0] - 1}, got {int(ids.flatten()[bad])}")
     return out
 
 
@@ -360,50 +410,74 @@ def _use_cuda(like: Tensor) -> bool:
 
 
 def _q_sample_kernel(x0: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, mask: Tensor | None, seed: Tensor, step: int,
-                     rows: Tensor | None, return_noise: bool, absorbing: Tensor | None = None,
-                     gone: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    x0, t, signal, sigma, mask, rows, absorbing, gone = _contiguous(x0, t, signal, sigma, mask, rows, absorbing, gone)
+                     rows: Tensor | None, return_noise: bool, absorbing: Tensor | None = None, gone: Tensor | None = None,
+                     lengths: Tensor | None = None, anchor_scale: float = 2.0) -> tuple[Tensor, Tensor]:
+    x0, t, signal, sigma, mask, rows = _contiguous(x0, t, signal, sigma, mask, rows)
+    absorbing, gone, lengths = _contiguous(absorbing, gone, lengths)
     seed, on_device = _cuda.key_arguments(seed, x0.device)
     x_t, eps = _q_sample_fake(x0, t, signal, sigma, mask, seed, step, rows, return_noise)
     _cuda.launch(
-        C.noise_q_sample_cuda, x0.device, pointer(x0), 0, pointer(t), pointer(signal), pointer(sigma), pointer(mask),
-        pointer(absorbing), pointer(gone), 0, pointer(x_t), pointer(eps) if return_noise else 0, pointer(seed),
-        pointer(rows), step, *x0.shape, signal.shape[0], 0, 0.0, t.dim() == 2, _cuda.DTYPES[x0.dtype], on_device)
+        C.noise_q_sample_cuda, x0.device, pointer(x0), 0, _times(t, lengths, anchor_scale), pointer(signal),
+        pointer(sigma), pointer(mask), pointer(absorbing), pointer(gone), 0, pointer(x_t),
+        pointer(eps) if return_noise else 0, pointer(seed), pointer(rows), step, *x0.shape, signal.shape[0], 0, 0.0,
+        _cuda.DTYPES[x0.dtype], on_device)
     return x_t, eps
 
 
 def _embed_kernel(table: Tensor, ids: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, sigma0: float,
                   mask: Tensor | None, seed: Tensor, step: int, rows: Tensor | None, return_noise: bool,
-                  absorbing: Tensor | None = None, gone: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+                  absorbing: Tensor | None = None, gone: Tensor | None = None, lengths: Tensor | None = None,
+                  anchor_scale: float = 2.0) -> tuple[Tensor, Tensor, Tensor]:
     table, ids, t, signal, sigma, mask, rows = _contiguous(table, ids, t, signal, sigma, mask, rows)
-    absorbing, gone = _contiguous(absorbing, gone)
+    absorbing, gone, lengths = _contiguous(absorbing, gone, lengths)
     seed, on_device = _cuda.key_arguments(seed, table.device)
     x0, x_t, eps = _embed_fake(table, ids, t, signal, sigma, sigma0, mask, seed, step, rows, return_noise)
     _cuda.launch(
-        C.noise_q_sample_cuda, table.device, pointer(table), pointer(ids), pointer(t), pointer(signal), pointer(sigma),
-        pointer(mask), pointer(absorbing), pointer(gone), pointer(x0), pointer(x_t), pointer(eps) if return_noise else 0,
-        pointer(seed), pointer(rows), step, *x0.shape, signal.shape[0], table.shape[0], sigma0, t.dim() == 2,
-        _cuda.DTYPES[table.dtype], on_device)
+        C.noise_q_sample_cuda, table.device, pointer(table), pointer(ids), _times(t, lengths, anchor_scale),
+        pointer(signal), pointer(sigma), pointer(mask), pointer(absorbing), pointer(gone), pointer(x0), pointer(x_t),
+        pointer(eps) if return_noise else 0, pointer(seed), pointer(rows), step, *x0.shape, signal.shape[0],
+        table.shape[0], sigma0, _cuda.DTYPES[table.dtype], on_device)
     return x0, x_t, eps
 
 
-def _q_sample_backward_kernel(grad: Tensor, t: Tensor, signal: Tensor, mask: Tensor | None) -> Tensor:
-    grad, t, signal, mask = _contiguous(grad, t, signal, mask)
+def _q_sample_backward_kernel(grad: Tensor, t: Tensor, signal: Tensor, mask: Tensor | None,
+                              lengths: Tensor | None = None, anchor_scale: float = 2.0) -> Tensor:
+    grad, t, signal, mask, lengths = _contiguous(grad, t, signal, mask, lengths)
     out = grad.new_empty(grad.shape)
     _cuda.launch(
-        C.noise_q_sample_backward_cuda, grad.device, pointer(grad), pointer(t), pointer(signal), pointer(mask),
-        pointer(out), *grad.shape, signal.shape[0], t.dim() == 2, _cuda.DTYPES[grad.dtype])
+        C.noise_q_sample_backward_cuda, grad.device, pointer(grad), _times(t, lengths, anchor_scale), pointer(signal),
+        pointer(mask), pointer(out), *grad.shape, signal.shape[0], _cuda.DTYPES[grad.dtype])
     return out
 
 
+_EMBED_CHUNK = 32  # kEmbedChunk in csrc/cuda/noise.h
+
+
+def _embed_backward_kernel(grad_x0: Tensor | None, grad_x_t: Tensor | None, ids: Tensor, t: Tensor, signal: Tensor,
+                           mask: Tensor | None, vocab: int, like: Tensor, lengths: Tensor | None = None,
+                           anchor_scale: float = 2.0) -> Tensor:
+    """A stable sort puts the tokens of an id side by side, in order; so no two threads meet, and the bits repeat."""
+    grad_x0, grad_x_t = (None if grad is None else grad.to(like.dtype).contiguous() for grad in (grad_x0, grad_x_t))
+    t, signal, mask, lengths = _contiguous(t, signal, mask, lengths)
+    sorted_ids, tokens = ids.flatten().sort(stable=True)
+    d = like.shape[-1]
+    table = like.new_zeros(vocab, d)
+    partial = like.new_empty(-(-ids.numel() // _EMBED_CHUNK), 2, d, dtype=torch.float32)
+    _cuda.launch(
+        C.noise_embed_backward_cuda, like.device, pointer(grad_x0), pointer(grad_x_t), _times(t, lengths, anchor_scale),
+        pointer(signal), pointer(mask), pointer(sorted_ids), pointer(tokens), pointer(partial), pointer(table), *ids.shape,
+        d, signal.shape[0], vocab, _cuda.DTYPES[like.dtype])
+    return table
+
+
 def _sampler_step_kernel(x: Tensor, x0_hat: Tensor, a: Tensor, b: Tensor, c: Tensor, seed: Tensor, step: int,
-                         rows: Tensor | None, limit: float | None = None) -> Tensor:
-    x, x0_hat, a, b, c, rows = _contiguous(x, x0_hat, a, b, c, rows)
+                         rows: Tensor | None, limit: float | None = None, ids: Tensor | None = None) -> Tensor:
+    x, x0_hat, a, b, c, rows, ids = _contiguous(x, x0_hat, a, b, c, rows, ids)
     seed, on_device = _cuda.key_arguments(seed, x.device)
     out = x.new_empty(x.shape)
     _cuda.launch(
-        C.noise_sampler_step_cuda, x.device, pointer(x), pointer(x0_hat), pointer(a), pointer(b), pointer(c),
-        pointer(out), pointer(seed), pointer(rows), step, *x.shape, math.inf if limit is None else limit,
+        C.noise_sampler_step_cuda, x.device, pointer(x), pointer(x0_hat), pointer(ids), pointer(a), pointer(b), pointer(c),
+        pointer(out), pointer(seed), pointer(rows), step, *x.shape, x0_hat.shape[0], math.inf if limit is None else limit,
         _cuda.DTYPES[x.dtype], on_device)
     return out
 
@@ -425,6 +499,7 @@ def _cuda_cases(device: torch.device):
     rows = torch.tensor([4, 3 << 32 | 9, 2], device=device)
     host_seed = torch.tensor([-(2**62) + 5])
     key = (host_seed, 6, rows)
+    index, lengths = torch.tensor([0, 3, 9], device=device), torch.tensor([5, 2, 4], device=device)
     for dtype, d in ((dtype, d) for dtype in _cuda.DTYPES for d in (7, 72)):
         x = reference.philox_normal(host_seed, 3, 5, d, 0, rows, 3, dtype, device)
         sample = (t, schedule, schedule.flip(0), mask)
@@ -435,10 +510,17 @@ def _cuda_cases(device: torch.device):
                 ("q_sample", _q_sample_kernel, reference.q_sample, (x, *sample, *key, True)),
                 ("embed_q_sample", _embed_kernel, reference.embed_q_sample, (*embed, seeds[1], *key[1:], True)),
                 ("q_sample", _q_sample_kernel, reference.q_sample, (x, *sample, *key, True, x[0, 0].clone(), ids == 1)),
+                ("q_sample", _q_sample_kernel, reference.q_sample,
+                 (x, index, *sample[1:], *key, True, None, None, lengths, 1.5)),
                 ("sampler_step", _sampler_step_kernel, reference.sampler_step, (x, x.flip(0), *coefficients, *key, 0.5)),
+                ("sampler_step", _sampler_step_kernel, reference.sampler_step,
+                 (x, x[0, :4].contiguous(), *coefficients, *key, None, ids)),
                 ("q_sample_backward", _q_sample_backward_kernel, reference.q_sample_backward, (x, *sample[:2], mask)),
                 ("sampler_step", _sampler_step_kernel, reference.sampler_step, (x, x.flip(0), *coefficients, *key))):
             yield name, functools.partial(kernel, *arguments), functools.partial(oracle, *arguments)
+        gradients = (x, x.flip(0), ids, *sample[:2], mask, 4, x)
+        yield ("embed_q_sample_backward", functools.partial(_embed_backward_kernel, *gradients),
+               functools.partial(reference.embed_q_sample_backward, *gradients), 2 * torch.finfo(dtype).eps)
         yield ("philox_normal", functools.partial(_philox_normal_kernel, torch.empty_like(x), host_seed, 0, rows, 3),
                functools.partial(torch.clone, x))
 
@@ -456,12 +538,15 @@ def _embed_cuda(table: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _embed_backward_cuda(grad_x0: Tensor | None, grad_x_t: Tensor | None, ids: Tensor, t: Tensor, signal: Tensor,
-                         mask: Tensor | None, vocab: int, like: Tensor) -> Tensor:
-    """As the reference, but with torch's embedding gradient: it sorts by id, where index_add adds in any order."""
+                         mask: Tensor | None, vocab: int, like: Tensor, lengths: Tensor | None = None,
+                         anchor_scale: float = 2.0) -> Tensor:
+    """Without the kernel it is torch's embedding gradient, which sorts, too, where index_add adds in any order."""
+    if _use_cuda(like):
+        return _embed_backward_kernel(grad_x0, grad_x_t, ids, t, signal, mask, vocab, like, lengths, anchor_scale)
     wide = torch.promote_types(like.dtype, torch.float32)
     total = None if grad_x0 is None else grad_x0.to(wide)
     if grad_x_t is not None:
-        scaled = _q_sample_backward_cuda(grad_x_t.to(wide), t, signal, mask)
+        scaled = _q_sample_backward_cuda(grad_x_t.to(wide), t, signal, mask, lengths, anchor_scale)
         total = scaled if total is None else total + scaled
     if total is None:
         return like.new_zeros(vocab, like.shape[-1])
@@ -496,28 +581,30 @@ for _name, _kernel, _cuda_kernel in (
 
 
 @torch.library.register_fake("pydiffseq::q_sample", lib=library)
-def _q_sample_fake(x0, t, signal, sigma, mask, seed, step, rows, return_noise, absorbing=None, gone=None):
+def _q_sample_fake(x0, t, signal, sigma, mask, seed, step, rows, return_noise, absorbing=None, gone=None, lengths=None,
+                   anchor_scale=2.0):
     return x0.new_empty(x0.shape), x0.new_empty(x0.shape if return_noise else 0)
 
 
 @torch.library.register_fake("pydiffseq::q_sample_backward", lib=library)
-def _q_sample_backward_fake(grad, t, signal, mask):
+def _q_sample_backward_fake(grad, t, signal, mask, lengths=None, anchor_scale=2.0):
     return grad.new_empty(grad.shape)
 
 
 @torch.library.register_fake("pydiffseq::embed_q_sample", lib=library)
-def _embed_fake(table, ids, t, signal, sigma, sigma0, mask, seed, step, rows, return_noise, absorbing=None, gone=None):
+def _embed_fake(table, ids, t, signal, sigma, sigma0, mask, seed, step, rows, return_noise, absorbing=None, gone=None,
+                lengths=None, anchor_scale=2.0):
     shape = (*ids.shape, table.shape[1])
     return table.new_empty(shape), table.new_empty(shape), table.new_empty(shape if return_noise else 0)
 
 
 @torch.library.register_fake("pydiffseq::embed_q_sample_backward", lib=library)
-def _embed_backward_fake(grad_x0, grad_x_t, ids, t, signal, mask, vocab, like):
+def _embed_backward_fake(grad_x0, grad_x_t, ids, t, signal, mask, vocab, like, lengths=None, anchor_scale=2.0):
     return like.new_empty(vocab, like.shape[-1])
 
 
 @torch.library.register_fake("pydiffseq::sampler_step", lib=library)
-def _sampler_step_fake(x, x0_hat, a, b, c, seed, step, rows, limit=None):
+def _sampler_step_fake(x, x0_hat, a, b, c, seed, step, rows, limit=None, ids=None):
     return x.new_empty(x.shape)
 
 
@@ -529,13 +616,14 @@ def _philox_normal_fake(seed, B, N, d, step, rows, stream, dtype, device):
 # --- Gradients ---
 
 
-def _absorbing_grads(grad: Tensor, t: Tensor, signal: Tensor, mask: Tensor | None, gone: Tensor | None,
-                     wanted: bool) -> tuple[Tensor, Tensor | None]:
+def _absorbing_grads(grad: Tensor, times: tuple[Tensor, Tensor | None, float], signal: Tensor, mask: Tensor | None,
+                     gone: Tensor | None, wanted: bool) -> tuple[Tensor, Tensor | None]:
     """The gradient of x_t less that of tokens that are gone, and the gradient of the absorbing vector."""
     if gone is not None and mask is not None:
         gone = gone & mask
     share = None
     if wanted:
+        t = reference.token_times(*times, grad.shape[1], signal.shape[0])
         share = 1.0 - signal[t.clamp(0, signal.shape[0] - 1)]
         share = (share if t.dim() == 2 else share[:, None]).expand(grad.shape[:2])
         share = share if mask is None else share * mask
@@ -546,57 +634,65 @@ def _absorbing_grads(grad: Tensor, t: Tensor, signal: Tensor, mask: Tensor | Non
 
 
 def _q_sample_setup(ctx, inputs, output) -> None:
-    _, t, signal, _, mask, *_, absorbing, gone = inputs
-    ctx.save_for_backward(t, signal, mask, gone)
+    _, t, signal, _, mask, *_, absorbing, gone, lengths, ctx.anchor_scale = inputs
+    ctx.save_for_backward(t, signal, mask, gone, lengths)
     ctx.absorbs = absorbing is not None
     ctx.mark_non_differentiable(output[1])
 
 
 def _q_sample_grad(ctx, grad_x_t: Tensor, _grad_eps: Tensor | None):
-    t, signal, mask, gone = ctx.saved_tensors
-    grad_x_t, grad_absorbing = _absorbing_grads(grad_x_t, t, signal, mask, gone, ctx.absorbs)
-    return torch.ops.pydiffseq.q_sample_backward(grad_x_t, t, signal, mask), *[None] * 8, grad_absorbing, None
+    t, signal, mask, gone, lengths = ctx.saved_tensors
+    times = lengths, ctx.anchor_scale
+    grad_x_t, grad_absorbing = _absorbing_grads(grad_x_t, (t, *times), signal, mask, gone, ctx.absorbs)
+    grad = torch.ops.pydiffseq.q_sample_backward(grad_x_t, t, signal, mask, *times)
+    return grad, *[None] * 8, grad_absorbing, None, None, None
 
 
 def _scale_setup(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[1:])
+    *tensors, ctx.anchor_scale = inputs[1:]
+    ctx.save_for_backward(*tensors)
 
 
 def _scale_grad(ctx, grad: Tensor):
-    return torch.ops.pydiffseq.q_sample_backward(grad, *ctx.saved_tensors), None, None, None
+    return torch.ops.pydiffseq.q_sample_backward(grad, *ctx.saved_tensors, ctx.anchor_scale), *[None] * 5
 
 
 def _embed_setup(ctx, inputs, output) -> None:
-    table, ids, t, signal, _, _, mask, *_, absorbing, gone = inputs
+    table, ids, t, signal, _, _, mask, *_, absorbing, gone, lengths, ctx.anchor_scale = inputs
     ctx.vocab, ctx.absorbs = table.shape[0], absorbing is not None
-    ctx.save_for_backward(ids, t, signal, mask, gone)
+    ctx.save_for_backward(ids, t, signal, mask, gone, lengths)
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
 
 
 def _embed_grad(ctx, grad_x0: Tensor | None, grad_x_t: Tensor | None, _grad_eps: Tensor | None):
-    ids, t, signal, mask, gone = ctx.saved_tensors
+    ids, t, signal, mask, gone, lengths = ctx.saved_tensors
+    times = lengths, ctx.anchor_scale
     like = grad_x0 if grad_x0 is not None else grad_x_t
     grad = grad_absorbing = None
     if grad_x_t is not None:
-        grad_x_t, grad_absorbing = _absorbing_grads(grad_x_t, t, signal, mask, gone, ctx.absorbs)
+        grad_x_t, grad_absorbing = _absorbing_grads(grad_x_t, (t, *times), signal, mask, gone, ctx.absorbs)
     if like is not None:
-        grad = torch.ops.pydiffseq.embed_q_sample_backward(grad_x0, grad_x_t, ids, t, signal, mask, ctx.vocab, like)
-    return grad, *[None] * 10, grad_absorbing, None
+        grad = torch.ops.pydiffseq.embed_q_sample_backward(
+            grad_x0, grad_x_t, ids, t, signal, mask, ctx.vocab, like, *times)
+    return grad, *[None] * 10, grad_absorbing, None, None, None
 
 
 def _step_setup(ctx, inputs, output) -> None:
-    _, x0_hat, a, b, *_, ctx.limit = inputs
-    ctx.save_for_backward(a, b, None if ctx.limit is None else x0_hat)
+    _, x0_hat, a, b, *_, ctx.limit, ids = inputs
+    ctx.vocab = x0_hat.shape[0]
+    ctx.save_for_backward(a, b, None if ctx.limit is None else x0_hat, ids)
 
 
 def _step_grad(ctx, grad: Tensor):
-    a, b, x0_hat = ctx.saved_tensors
+    a, b, x0_hat, ids = ctx.saved_tensors
     grads = [(grad * coefficient[..., None]).to(grad.dtype) if needed else None
              for coefficient, needed in zip((a, b), ctx.needs_input_grad[:2], strict=True)]
+    if grads[1] is not None and ids is not None:
+        grads[1] = torch.ops.aten.embedding_dense_backward(grads[1], ids, ctx.vocab, -1, False)
     if x0_hat is not None and grads[1] is not None:
         grads[1] = grads[1].masked_fill(x0_hat.abs() > ctx.limit, 0.0)
-    return *grads, *[None] * 7
+    return *grads, *[None] * 8
 
 
 torch.library.register_autograd("pydiffseq::q_sample", _q_sample_grad, setup_context=_q_sample_setup, lib=library)

@@ -381,6 +381,23 @@ def check_index(name: str, index: Tensor, size: int) -> None:
         raise ValueError(f"{name} must be in 0..{size - 1}, got {int(index[bad][0])}")
 
 
+def token_times(t: Tensor, lengths: Tensor | None, anchor_scale: float, N: int, T: int) -> Tensor:
+    """``t``, or with ``lengths`` the token timesteps [B, N] of the sentence indices ``t`` [B]."""
+    if lengths is None:
+        return t
+    from pydiffseq.diffusion.token_times import xy_line  # here: the ops need none of that package
+
+    return xy_line(t, lengths, N, T, anchor_scale)
+
+
+def check_times(t: Tensor, lengths: Tensor | None, T: int) -> None:
+    """Raise ``ValueError`` for a timestep, or with ``lengths`` a sentence index, that is out of range. On the CPU only."""
+    if lengths is None:
+        check_index("t", t, T)
+    elif t.device.type == "cpu" and bool((bad := (t < 0) | (t >= T + lengths)).any()):
+        raise ValueError(f"t must be in 0..{T - 1 + int(lengths[bad][0])}, got {int(t[bad][0])}")
+
+
 def _per_token(table: Tensor, t: Tensor) -> Tensor:
     values = table[t]
     return values[:, None, None] if t.dim() == 1 else values[..., None]
@@ -391,10 +408,11 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def q_sample(x0: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, mask: Tensor | None, seed: Tensor, step: int,
-             rows: Tensor | None, return_noise: bool, absorbing: Tensor | None = None,
-             gone: Tensor | None = None) -> tuple[Tensor, Tensor]:
+             rows: Tensor | None, return_noise: bool, absorbing: Tensor | None = None, gone: Tensor | None = None,
+             lengths: Tensor | None = None, anchor_scale: float = 2.0) -> tuple[Tensor, Tensor]:
     """``signal[t] x0 + sigma[t] eps`` and ``eps`` (empty unless asked for); see :func:`pydiffseq.ops.q_sample`."""
-    check_index("t", t, signal.shape[0])
+    check_times(t, lengths, signal.shape[0])
+    t = token_times(t, lengths, anchor_scale, x0.shape[1], signal.shape[0])
     eps = _noise(x0, seed, step, rows, "x_t")
     x_t = fma(_per_token(sigma, t), eps, _per_token(signal, t) * _wide(x0))
     if absorbing is not None:
@@ -407,40 +425,46 @@ def q_sample(x0: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, mask: Tensor 
     return x_t, eps if return_noise else x0.new_empty(0)
 
 
-def q_sample_backward(grad: Tensor, t: Tensor, signal: Tensor, mask: Tensor | None) -> Tensor:
+def q_sample_backward(grad: Tensor, t: Tensor, signal: Tensor, mask: Tensor | None, lengths: Tensor | None = None,
+                      anchor_scale: float = 2.0) -> Tensor:
     """``signal[t] grad``, and ``grad`` itself where the mask is False."""
+    t = token_times(t, lengths, anchor_scale, grad.shape[1], signal.shape[0])
     scaled = (_per_token(signal, t) * _wide(grad)).to(grad.dtype)
     return scaled.contiguous() if mask is None else scaled.where(mask[..., None], grad).contiguous()
 
 
 def embed_q_sample(table: Tensor, ids: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, sigma0: float,
                    mask: Tensor | None, seed: Tensor, step: int, rows: Tensor | None, return_noise: bool,
-                   absorbing: Tensor | None = None, gone: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+                   *others) -> tuple[Tensor, Tensor, Tensor]:
     """``x0 = table[ids] + sigma0 eps'``, then :func:`q_sample`; see :func:`pydiffseq.ops.embed_q_sample`."""
     check_index("ids", ids, table.shape[0])
     x0 = table[ids]
     if sigma0 != 0:
         noise = _noise(x0, seed, step, rows, "x_0")
         x0 = fma(torch.full_like(noise, sigma0), noise, _wide(x0)).to(x0.dtype)
-    return x0, *q_sample(x0, t, signal, sigma, mask, seed, step, rows, return_noise, absorbing, gone)
+    return x0, *q_sample(x0, t, signal, sigma, mask, seed, step, rows, return_noise, *others)
 
 
 def embed_q_sample_backward(grad_x0: Tensor | None, grad_x_t: Tensor | None, ids: Tensor, t: Tensor, signal: Tensor,
-                            mask: Tensor | None, vocab: int, like: Tensor) -> Tensor:
+                            mask: Tensor | None, vocab: int, like: Tensor, lengths: Tensor | None = None,
+                            anchor_scale: float = 2.0) -> Tensor:
     """Gradient [vocab, d] of the table: the gradients of both outputs, added up by id in the dtype of ``like``."""
     wide = torch.promote_types(like.dtype, torch.float32)
     total = ids.new_zeros(*ids.shape, like.shape[-1], dtype=wide)
     if grad_x0 is not None:
         total += grad_x0
     if grad_x_t is not None:
-        total += q_sample_backward(_wide(grad_x_t), t, signal, mask)
+        total += q_sample_backward(_wide(grad_x_t), t, signal, mask, lengths, anchor_scale)
     table = total.new_zeros(vocab, like.shape[-1])
     return table.index_add(0, ids.flatten(), total.flatten(0, 1)).to(like.dtype)
 
 
 def sampler_step(x: Tensor, x0_hat: Tensor, a: Tensor, b: Tensor, c: Tensor, seed: Tensor, step: int,
-                 rows: Tensor | None, limit: float | None = None) -> Tensor:
+                 rows: Tensor | None, limit: float | None = None, ids: Tensor | None = None) -> Tensor:
     """``a x + b x0_hat + c eps`` with coefficients [B, N]; see :func:`pydiffseq.ops.sampler_step`."""
+    if ids is not None:
+        check_index("ids", ids, x0_hat.shape[0])
+        x0_hat = x0_hat[ids]
     x0_hat = x0_hat if limit is None else _wide(x0_hat).clamp(-limit, limit)
     a, b, c = a[..., None], b[..., None], c[..., None]
     eps = _noise(x, seed, step, rows, "x_t")

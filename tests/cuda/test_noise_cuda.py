@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 
+from pydiffseq.diffusion import xy_token_timesteps
 from pydiffseq.ops import _cuda, embed_q_sample, noise, philox_normal, q_sample, reference, sampler_step
 
 pytestmark = pytest.mark.skipif(not (torch.cuda.is_available() and _cuda.compiled()),
@@ -52,6 +53,7 @@ def everything(device, B, N, d, dtype, per_token=True, masked=True, rows=None, s
                *embed_q_sample(table, ids, *schedule, sigma0=0.1, **sample, absorbing=table[1].clone(), gone=ids == 2),
                sampler_step(x0, x0.flip(1), a, 1 - a, a * mask, **options),
                sampler_step(x0, x0.flip(1), a, 1 - a, a * mask, limit=0.5, **options),
+               sampler_step(x0, table, a, 1 - a, a * mask, limit=0.5, ids=ids, **options),
                torch.ops.pydiffseq.q_sample_backward(x0, t, signal, sample["mask"]),
                philox_normal((B, N, d), dtype=dtype, device=device, **options))
     return [out.cpu() for out in outputs]
@@ -163,6 +165,61 @@ def test_gradients_agree_with_the_cpu_and_repeat(dtype):
     torch.testing.assert_close(grads[0].float(), grads[2].float(), rtol=rtol, atol=1e-2)
 
 
+@pytest.mark.parametrize("anchor_scale", [2.0, 1.3, 0.4])
+def test_timesteps_of_a_sentence_index_are_the_same_integers(anchor_scale):
+    """With signal[t] = t, sigma = 0 and x0 = 1, x_t is the timestep."""
+    steps, width = 2000, 64
+    lengths = torch.arange(1, width + 1).repeat_interleave(steps)
+    index = torch.arange(len(lengths)) * 7 % (steps + lengths)
+    signal = torch.arange(steps).float().cuda()
+    got = q_sample(torch.ones(len(index), width, 1).cuda(), index.cuda(), signal, signal * 0, lengths=lengths.cuda(),
+                   anchor_scale=anchor_scale, seed=0)
+    assert torch.equal(got[..., 0].long().cpu(), xy_token_timesteps(index, lengths, width, steps, anchor_scale))
+
+
+def table_gradient(device, dtype, lengths=None):
+    """Of a table of which three rows have nearly all tokens, so that sums are long."""
+    g = torch.Generator().manual_seed(0)
+    table = torch.randn(500, 40, generator=g).to(device, dtype).requires_grad_()
+    ids = torch.where(torch.rand(96, 64, generator=g) < 0.95, torch.randint(0, 3, (96, 64), generator=g),
+                      torch.randint(0, 500, (96, 64), generator=g))
+    t = torch.randint(0, T, (96,) if lengths is not None else (96, 64), generator=g)
+    mask, lengths = torch.rand(96, 64, generator=g) > 0.3, None if lengths is None else lengths.to(device)
+    x0, x_t = embed_q_sample(table, ids.to(device), t.to(device), SIGNAL.to(device), SIGMA.to(device), sigma0=0.1, seed=3,
+                             mask=mask.to(device), lengths=lengths)
+    (x0.float().sin().sum() + x_t.float().square().sum()).backward()
+    return table.grad.cpu()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("index", [False, True])
+def test_gradients_of_long_sums_repeat_whatever_torch_is_told(dtype, index):
+    lengths = torch.arange(96) % 64 + 1 if index else None
+    usual, cpu = table_gradient("cuda", dtype, lengths), table_gradient("cpu", dtype, lengths)
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(3):
+            assert torch.equal(table_gradient("cuda", dtype, lengths), usual)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    difference = (usual.double() - cpu.double()).norm()
+    assert difference <= 4 * torch.finfo(dtype).eps * cpu.double().norm() and usual.isfinite().all()
+
+
+def test_a_graph_of_the_gradient_of_the_table():
+    """More tokens than torch's own embedding gradient takes without a sort."""
+    x0, t, mask = (v.cuda() for v in batch(64, 64, 32, torch.float32))
+    ids, signal = (torch.arange(64 * 64) * 7 % 90).view(64, 64).cuda(), SIGNAL.cuda()
+    arguments = (None, x0, ids, t, signal, mask, 90, x0)
+    expected = torch.ops.pydiffseq.embed_q_sample_backward(*arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = torch.ops.pydiffseq.embed_q_sample_backward(*arguments)
+    x0 *= 2
+    graph.replay()
+    assert torch.equal(out, 2 * expected)
+
+
 def test_opcheck():
     x0, t, mask = (v.cuda() for v in batch(3, 5, 7, torch.float32))
     signal, sigma, rows, a = SIGNAL.cuda(), SIGMA.cuda(), torch.tensor([1, 2, 3]).cuda(), torch.rand(3, 5).cuda()
@@ -174,6 +231,11 @@ def test_opcheck():
     torch.library.opcheck(ops.embed_q_sample.default, (table, ids, t, signal, sigma, 0.1, mask, seed, 1, rows, True))
     torch.library.opcheck(ops.embed_q_sample_backward.default, (x0, x0, ids, t, signal, mask, 15, x0))
     torch.library.opcheck(ops.sampler_step.default, (grad, x0.flip(0), a, a, a, seed, 1, rows))
+    torch.library.opcheck(ops.sampler_step.default, (grad, table, a, a, a, seed, 1, rows, 0.5, ids))
+    index, lengths = torch.tensor([3, 17, T]).cuda(), torch.tensor([5, 4, 1]).cuda()
+    torch.library.opcheck(ops.embed_q_sample.default, (table, ids, index, signal, sigma, 0.1, mask, seed, 1, rows, True,
+                                                       None, None, lengths, 1.5))
+    torch.library.opcheck(ops.embed_q_sample_backward.default, (x0, x0, ids, index, signal, mask, 15, x0, lengths, 1.5))
     torch.library.opcheck(ops.philox_normal.default, (seed, 3, 5, 7, 1, rows, 3, torch.float32, x0.device))
 
 

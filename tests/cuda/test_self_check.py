@@ -43,15 +43,21 @@ class FakeExtension:
             first.view(-1)[-1] += 0.01
 
     @staticmethod
+    def times(times, B, N):
+        """(t, lengths, anchor scale)"""
+        t, lengths, anchor_scale, per_token = times
+        return view(t, (B, N) if per_token else (B,), torch.int64), view(lengths, (B,), torch.int64), anchor_scale
+
+    @staticmethod
     def dtype(code):
         return next(dtype for dtype, number in _cuda.DTYPES.items() if number == code)
 
-    def noise_q_sample_cuda(self, source, ids, t, signal, sigma, mask, absorbing, gone, x0, x_t, eps, seed, rows, step, B,
-                            N, d, T, V, sigma0, t_per_token, dtype, seed_on_device, stream, device):
+    def noise_q_sample_cuda(self, source, ids, times, signal, sigma, mask, absorbing, gone, x0, x_t, eps, seed, rows, step,
+                            B, N, d, T, V, sigma0, dtype, seed_on_device, stream, device):
         dtype, key = self.dtype(dtype), (view(seed, (1,), torch.int64), step, view(rows, (B,), torch.int64))
-        sample = (view(t, (B, N) if t_per_token else (B,), torch.int64), view(signal, (T,), torch.float32),
-                  view(sigma, (T,), torch.float32))
-        mask, drift = view(mask, (B, N), torch.bool), (view(absorbing, (d,), dtype), view(gone, (B, N), torch.bool))
+        t, *line = self.times(times, B, N)
+        sample = t, view(signal, (T,), torch.float32), view(sigma, (T,), torch.float32)
+        mask, drift = view(mask, (B, N), torch.bool), (view(absorbing, (d,), dtype), view(gone, (B, N), torch.bool), *line)
         if ids:
             embedded = view(source, (V, d), dtype), view(ids, (B, N), torch.int64)
             out = reference.embed_q_sample(*embedded, *sample, sigma0, mask, *key, True, *drift)
@@ -59,18 +65,29 @@ class FakeExtension:
         x, noise_ = reference.q_sample(view(source, (B, N, d), dtype), *sample, mask, *key, True, *drift)
         return self.finish("q_sample", [(eps, noise_), (x_t, x)])
 
-    def noise_q_sample_backward_cuda(self, grad, t, signal, mask, out, B, N, d, T, t_per_token, dtype, stream, device):
-        result = reference.q_sample_backward(
-            view(grad, (B, N, d), self.dtype(dtype)), view(t, (B, N) if t_per_token else (B,), torch.int64),
-            view(signal, (T,), torch.float32), view(mask, (B, N), torch.bool))
+    def noise_q_sample_backward_cuda(self, grad, times, signal, mask, out, B, N, d, T, dtype, stream, device):
+        t, *line = self.times(times, B, N)
+        result = reference.q_sample_backward(view(grad, (B, N, d), self.dtype(dtype)), t, view(signal, (T,), torch.float32),
+                                             view(mask, (B, N), torch.bool), *line)
         self.finish("q_sample_backward", [(out, result)])
 
-    def noise_sampler_step_cuda(self, x, x0_hat, a, b, c, out, seed, rows, step, B, N, d, limit, dtype, seed_on_device,
-                                stream, device):
-        states = (view(address, (B, N, d), self.dtype(dtype)) for address in (x, x0_hat))
+    def noise_embed_backward_cuda(self, grad_x0, grad_x_t, times, signal, mask, sorted_ids, sorted_tokens, partial, table,
+                                  B, N, d, T, V, dtype, stream, device):
+        dtype, (t, *line) = self.dtype(dtype), self.times(times, B, N)
+        ids = torch.empty(B * N, dtype=torch.int64)
+        ids[view(sorted_tokens, (B * N,), torch.int64)] = view(sorted_ids, (B * N,), torch.int64)
+        result = reference.embed_q_sample_backward(
+            view(grad_x0, (B, N, d), dtype), view(grad_x_t, (B, N, d), dtype), ids.view(B, N), t,
+            view(signal, (T,), torch.float32), view(mask, (B, N), torch.bool), V, view(table, (V, d), dtype), *line)
+        self.finish("embed_q_sample_backward", [(table, result)])
+
+    def noise_sampler_step_cuda(self, x, x0_hat, ids, a, b, c, out, seed, rows, step, B, N, d, V, limit, dtype,
+                                seed_on_device, stream, device):
+        goal = view(x0_hat, (V, d) if ids else (B, N, d), self.dtype(dtype))
         coefficients = (view(address, (B, N), torch.float32) for address in (a, b, c))
         self.finish("sampler_step", [(out, reference.sampler_step(
-            *states, *coefficients, view(seed, (1,), torch.int64), step, view(rows, (B,), torch.int64), limit))])
+            view(x, (B, N, d), self.dtype(dtype)), goal, *coefficients, view(seed, (1,), torch.int64), step,
+            view(rows, (B,), torch.int64), limit, view(ids, (B, N), torch.int64)))])
 
     def noise_philox_normal_cuda(self, out, seed, rows, step, philox_stream, B, N, d, dtype, seed_on_device, stream,
                                  device):
@@ -106,7 +123,7 @@ def run_all():
             ("embed_q_sample_backward", (x, x.flip(0), ids, t, signal, mask, 4, x)),
             ("embed_q_sample_backward", (None, x, ids, t, signal, None, 4, x)),
             ("embed_q_sample_backward", (None, None, ids, t, signal, None, 4, x)),
-            ("sampler_step", (x, x.flip(0), a, 1 - a, a, *key)),
+            ("sampler_step", (x, x.flip(0), a, 1 - a, a, *key)), ("sampler_step", (x, x[0], a, 1 - a, a, *key, None, ids)),
             ("philox_normal", (key[0], 2, 5, 6, 1, torch.tensor([7, 8]), 3, torch.float32, CPU))):
         short = {"embed_q_sample": "embed", "embed_q_sample_backward": "embed_backward"}.get(name, name)
         yield name, getattr(noise, f"_{short}_cuda")(*arguments), getattr(reference, name)(*arguments)
@@ -119,12 +136,14 @@ def test_kernels_that_agree_are_used(install):
         for name, ours, theirs in run_all():
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6 if "embed" in name else 0)
     trial = len(_cuda.DTYPES) * 2
-    twice = ("q_sample", "sampler_step")  # with and without what they can do besides
-    assert {name: fake.calls.count(name) - trial * (1 + (name in twice)) for name in fake.calls} == {
-        "q_sample": 2, "embed_q_sample": 1, "q_sample_backward": 3, "sampler_step": 1, "philox_normal": 1}
+    forms = {"q_sample": 3, "sampler_step": 3}  # with and without what they can do besides
+    assert {name: fake.calls.count(name) - trial * forms.get(name, 1) for name in fake.calls} == {
+        "q_sample": 2, "embed_q_sample": 1, "q_sample_backward": 1, "embed_q_sample_backward": 3, "sampler_step": 2,
+        "philox_normal": 1}
 
 
-@pytest.mark.parametrize("wrong", ["q_sample", "embed_q_sample", "q_sample_backward", "sampler_step", "philox_normal"])
+@pytest.mark.parametrize("wrong", ["q_sample", "embed_q_sample", "q_sample_backward", "embed_q_sample_backward",
+                                   "sampler_step", "philox_normal"])
 def test_a_wrong_kernel_warns_once_and_leaves_the_ops_to_the_reference(install, wrong):
     fake = install(FakeExtension(wrong))
     with pytest.warns(UserWarning, match=f"noise failed their self-check on cpu .{wrong} differs") as caught:

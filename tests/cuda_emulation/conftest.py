@@ -101,6 +101,7 @@ def install(emulation, monkeypatch):
     monkeypatch.setattr(_cuda, "launch", lambda kernel, device, *arguments: kernel(*arguments, 0, 0))
     yield emulation
     emulation.set_order(0)
+    emulation.set_processors(2)
 
 
 @pytest.fixture(params=["together", "first warp ahead", "last warp ahead"])

@@ -403,3 +403,44 @@ def test_bad_absorbing_arguments_are_named(change, error, message):
         q_sample(x0, t, SIGNAL, SIGMA, **change)
     with pytest.raises(ValueError, match="limit must be at least 0, got -1"):
         sampler_step(x0, x0, 1.0, 1.0, 0.0, limit=-1)
+
+
+# --- A prediction that is rows of a table ---
+
+
+@kernel_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("limit", [None, 0.7])
+def test_a_rounded_prediction_is_gathered_in_the_update(dtype, limit):
+    x, _, _ = batch(d=37, dtype=dtype)
+    table, ids, a = x.flatten(0, 1)[:9] * 2, torch.randint(0, 9, (3, 5)), torch.rand(3, 5)
+    table[4, 2], c = math.nan, a * (torch.rand(3, 5) > 0.5)
+    for isa in each_isa():
+        want = sampler_step(x, table[ids], a, 1 - a, c, seed=4, step=1, limit=limit)
+        got = sampler_step(x, table, a, 1 - a, c, seed=4, step=1, limit=limit, ids=ids)
+        assert torch.equal(got.nan_to_num(5), want.nan_to_num(5)), isa
+    rest = (torch.tensor([4]), 1, None, limit, ids)
+    assert torch.equal(reference.sampler_step(x, table, a, 1 - a, c, *rest).nan_to_num(5), want.nan_to_num(5))
+
+
+@pytest.mark.parametrize("limit", [None, 0.6])
+def test_gradient_and_opcheck_of_a_rounded_prediction(limit):
+    x, table = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 5), (4, 5)))
+    ids, a = torch.tensor([[0, 3, 3], [3, 1, 0]]), torch.rand(2, 3)
+    assert torch.autograd.gradcheck(lambda x, e: sampler_step(x, e, a, 0.5, a, seed=4, limit=limit, ids=ids), (x, table))
+    arguments = (a, a, a, torch.tensor([4]), 0, None, limit, ids)
+    for dtype in (torch.float32, torch.float64):
+        leaves = [v.detach().to(dtype).requires_grad_() for v in (x, table)]
+        torch.library.opcheck(torch.ops.pydiffseq.sampler_step.default, (*leaves, *arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bad_ids_are_named(dtype):
+    x, ids = batch(dtype=dtype)[0], torch.zeros(3, 5, dtype=torch.int64)
+    for table, which, error, message in (
+            (x, ids, ValueError, r"x0_hat must have shape \[V, 7\], as ids are given"),
+            (x[0], ids.int(), TypeError, "ids must be int64"), (x[0], ids[0], ValueError, r"ids must have shape \[3, 5\]"),
+            (x[0], ids - 1, ValueError, r"ids must be in 0\.\.4, got -1"), (x[0], ids + 5, ValueError, "got 5"),
+            (x[0], ids.to("meta"), ValueError, "ids is on meta")):
+        with pytest.raises(error, match=message):
+            sampler_step(x, table, 1.0, 1.0, 0.0, ids=which)

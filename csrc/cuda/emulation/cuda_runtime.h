@@ -79,6 +79,6 @@ inline cudaError_t cudaSetDevice(int device) {
   return device == 0 ? cudaSuccess : cudaErrorInvalidValue;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 2 : 101376;   // shared memory as on sm_86 and sm_89
+  *value = attribute == cudaDevAttrMultiProcessorCount ? pds::emulation::processors() : 101376;   // shared memory as on sm_86 and sm_89
   return cudaSuccess;
 }

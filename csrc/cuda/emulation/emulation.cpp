@@ -61,6 +61,7 @@ struct Machine {
 
 Machine machine;
 Order order = Order::together;
+int processor_count = 2;
 
 void leave() {
   if (_setjmp(machine.running->at) == 0) _longjmp(machine.scheduler, 1);
@@ -162,6 +163,8 @@ void prepare_threads(unsigned threads) {
 }  // namespace
 
 void set_order(Order value) { order = value; }
+void set_processors(int count) { processor_count = count; }
+int processors() { return processor_count; }
 
 void run_grid(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel) {
   if (threads % 32 != 0 || blocks == 0) throw std::runtime_error("a launch needs whole warps and at least one block");

@@ -22,6 +22,8 @@ struct Index {
 enum class Order { together, first_ahead, last_ahead };
 
 void set_order(Order order);
+void set_processors(int count);   // that the device seems to have
+int processors();
 void run_grid(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel);
 
 // Of the thread that runs.

@@ -8,5 +8,6 @@ using pds::emulation::Order;
 PYBIND11_MODULE(_C_emulation, m) {
   m.attr("has_cuda") = true;
   m.def("set_order", [](int order) { pds::emulation::set_order(static_cast<Order>(order)); });
+  m.def("set_processors", &pds::emulation::set_processors);
   pds::bind_cuda(m);
 }
