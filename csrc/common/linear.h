@@ -20,10 +20,10 @@ struct LinearArgs {
   bool bf16, geglu;
 };
 
-// Enough for every instruction set.
+// Enough for every instruction set; a column has a bias and an exponent.
 inline int64_t linear_packed_words(int64_t columns, int64_t depth) {
   const int64_t panels = (columns + 31) / 32 + 1;   // one more: the halves of GEGLU are padded apart
-  return (panels * 32 + 32) * ((depth + 31) / 32 * 32 + 1);
+  return panels * 32 * ((depth + 31) / 32 * 32 + 2);
 }
 
 PDS_DISPATCH(linear_pack, LinearArgs)

@@ -123,6 +123,53 @@ struct FmaEngine {
   asm volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(to), "r"(static_cast<int64_t>(bytes)) : "memory")
 #define PDS_TILE_MULTIPLY(c, a, b) asm volatile("tdpbf16ps %tmm" #b ", %tmm" #a ", %tmm" #c)
 
+// Tiles 4 and 5 = 32 rows of 16 units, `row` units apart.
+PDS_INLINE void load_left(const Bf16Pair* from, int64_t row) {
+  PDS_TILE_LOAD(4, from, row * 4);
+  PDS_TILE_LOAD(5, from + 16 * row, row * 4);
+}
+
+// Tiles 6 and 7 = 16 rows of 32 units.
+PDS_INLINE void load_right(const Bf16Pair* from, int64_t row) {
+  PDS_TILE_LOAD(6, from, row * 4);
+  PDS_TILE_LOAD(7, from + 16, row * 4);
+}
+
+// Tiles 0 and 1 (rows 0 to 15), 2 and 3 (the others) += tiles 4 and 5 times tiles 6 and 7.
+PDS_INLINE void multiply_tiles() {
+  PDS_TILE_MULTIPLY(0, 4, 6);
+  PDS_TILE_MULTIPLY(1, 4, 7);
+  PDS_TILE_MULTIPLY(2, 5, 6);
+  PDS_TILE_MULTIPLY(3, 5, 7);
+}
+
+// Tiles 0 and 1 += tile 4 times one panel's 16 rows, tiles 2 and 3 += tile 4 times another's: four sums at a time, since one
+// product has to wait for the last one of its sum.
+PDS_INLINE void multiply_short(const Bf16Pair* panel, const Bf16Pair* other) {
+  load_right(panel, kPanel);
+  PDS_TILE_MULTIPLY(0, 4, 6);
+  PDS_TILE_MULTIPLY(1, 4, 7);
+  load_right(other, kPanel);
+  PDS_TILE_MULTIPLY(2, 4, 6);
+  PDS_TILE_MULTIPLY(3, 4, 7);
+}
+
+PDS_INLINE void store_tiles(float* to, int64_t row) {   // 32 rows of sums
+  PDS_TILE_STORE(0, to, row * 4);
+  PDS_TILE_STORE(1, to + 16, row * 4);
+  PDS_TILE_STORE(2, to + 16 * row, row * 4);
+  PDS_TILE_STORE(3, to + 16 * row + 16, row * 4);
+}
+
+PDS_INLINE void load_tiles(const float* from, int64_t row) {
+  PDS_TILE_LOAD(0, from, row * 4);
+  PDS_TILE_LOAD(1, from + 16, row * 4);
+  PDS_TILE_LOAD(2, from + 16 * row, row * 4);
+  PDS_TILE_LOAD(3, from + 16 * row + 16, row * 4);
+}
+
+PDS_INLINE void clear_tiles() { asm volatile("tilezero %tmm0\n\ttilezero %tmm1\n\ttilezero %tmm2\n\ttilezero %tmm3"); }
+
 // The same with AMX: four tiles of C, 32 x 32. A's step must be 1, and depth a multiple of 16 units.
 struct AmxEngine {
   using Unit = Bf16Pair;
@@ -146,32 +193,17 @@ struct AmxEngine {
       begin(start.data == nullptr ? Start{nullptr, 0} : Start{start.data + p * kPanel, start.row});
       const Unit* from = b + p * b_panel;
       for (int64_t k = 0; k < depth; k += 16) {
-        PDS_TILE_LOAD(4, a.data + k, a.row * 4);
-        PDS_TILE_LOAD(6, from + k * b_step, b_step * 4);
-        PDS_TILE_LOAD(7, from + k * b_step + 16, b_step * 4);
-        PDS_TILE_LOAD(5, a.data + 16 * a.row + k, a.row * 4);
-        PDS_TILE_MULTIPLY(0, 4, 6);
-        PDS_TILE_MULTIPLY(1, 4, 7);
-        PDS_TILE_MULTIPLY(2, 5, 6);
-        PDS_TILE_MULTIPLY(3, 5, 7);
+        load_left(a.data + k, a.row);
+        load_right(from + k * b_step, b_step);
+        multiply_tiles();
       }
-      float* to = c + p * kPanel;
-      PDS_TILE_STORE(0, to, c_row * 4);
-      PDS_TILE_STORE(1, to + 16, c_row * 4);
-      PDS_TILE_STORE(2, to + 16 * c_row, c_row * 4);
-      PDS_TILE_STORE(3, to + 16 * c_row + 16, c_row * 4);
+      store_tiles(c + p * kPanel, c_row);
     }
   }
 
   static PDS_INLINE void begin(Start start) {
-    if (start.data == nullptr) {
-      asm volatile("tilezero %tmm0\n\ttilezero %tmm1\n\ttilezero %tmm2\n\ttilezero %tmm3");
-      return;
-    }
-    PDS_TILE_LOAD(0, start.data, start.row * 4);
-    PDS_TILE_LOAD(1, start.data + 16, start.row * 4);
-    PDS_TILE_LOAD(2, start.data + 16 * start.row, start.row * 4);
-    PDS_TILE_LOAD(3, start.data + 16 * start.row + 16, start.row * 4);
+    if (start.data == nullptr) clear_tiles();
+    else load_tiles(start.data, start.row);
   }
 };
 #endif

@@ -3,11 +3,8 @@
 // would come out differently in another batch. Bias, residual and GEGLU are applied to a tile while it is in the cache.
 #include "common/linear.h"
 
-#include <algorithm>
-
-#include "cpu/gelu.h"
-#include "cpu/gemm.h"
-#include "cpu/parallel.h"
+#include "cpu/linear_layout.h"
+#include "cpu/linear_tiles.h"
 
 namespace pds {
 namespace PDS_ISA {
@@ -21,29 +18,6 @@ using LowUnit = Bf16Pair;
 #else
 using LowUnit = float;   // bfloat16 is widened
 #endif
-
-PDS_INLINE float element(const void* data, bool bf16, int64_t i) {
-  return bf16 ? to_float(static_cast<const uint16_t*>(data)[i]) : static_cast<const float*>(data)[i];
-}
-
-// Sizes of the packed weight: panels of `depth` units x kPanel columns, then the bias of every panel.
-template <typename Unit>
-struct Layout {
-  int64_t depth, panels;
-
-  explicit Layout(const LinearArgs& args)
-      : depth(kUnit<Unit> == 2 ? round_up(args.depth, 32) / 2 : args.depth),
-        panels(args.geglu ? (args.columns / 2 + kWidth - 1) / kWidth : (args.columns + kPanel - 1) / kPanel) {}
-  Unit* panel(uint32_t* packed, int64_t p) const { return reinterpret_cast<Unit*>(packed) + p * depth * kPanel; }
-  float* bias(uint32_t* packed) const { return reinterpret_cast<float*>(packed) + panels * depth * kPanel; }
-};
-
-// The weight's row behind column j of panel p, or -1. For GEGLU the left half of a panel is a, the right half its gate.
-PDS_INLINE int64_t source_row(const LinearArgs& args, int64_t p, int64_t j) {
-  if (!args.geglu) return p * kPanel + j < args.columns ? p * kPanel + j : -1;
-  const int64_t half = args.columns / 2, i = p * kWidth + j % kWidth;
-  return i < half ? i + (j < kWidth ? 0 : half) : -1;
-}
 
 template <typename T, typename Unit>
 void pack(const LinearArgs& args) {
@@ -60,25 +34,6 @@ void pack(const LinearArgs& args) {
     }
     pack_panel(rows.get(), layout.depth, layout.panel(args.packed, p));
   });
-}
-
-// n neighbours of a row, from float sums.
-template <typename T>
-PDS_INLINE void finish(const float* sums, int64_t n, const T* residual, T* out) {
-  int64_t j = 0;
-  for (; j + kWidth <= n; j += kWidth) {
-    vfloat x = load(sums + j);
-    if (residual != nullptr) x += load(residual + j);
-    store(out + j, x);
-  }
-  for (; j < n; ++j) from_float(out[j], residual != nullptr ? sums[j] + to_float(residual[j]) : sums[j]);
-}
-
-template <typename T>
-PDS_INLINE void finish_geglu(const float* sums, int64_t n, T* out) {
-  const vfloat gate = load(sums + kWidth), value = load(sums) * (gate * normal(gate, T{}).cdf);
-  if (n >= kWidth) return store(out, value);
-  for (int64_t j = 0; j < n; ++j) from_float(out[j], value[j]);
 }
 
 template <typename T, typename Engine>
@@ -117,7 +72,7 @@ struct Product {
     const T* residual = static_cast<const T*>(args.residual);
     if (residual != nullptr) residual += first * width + column;
     for (int64_t i = 0; i < count; ++i, out += width, tile += kPanel) {
-      if (args.geglu) finish_geglu(tile, n, out);
+      if (args.geglu) finish_geglu(load(tile), load(tile + kWidth), n, out);
       else finish(tile, n, residual, out);
       if (residual != nullptr) residual += width;
     }
@@ -151,16 +106,18 @@ struct Product {
 }  // namespace
 
 void linear_pack(const LinearArgs& args) {
+#if PDS_AMX
+  if (!args.bf16 && active_isa() == Isa::amx) return pack_columns(args);
+#endif
   args.bf16 ? pack<uint16_t, LowUnit>(args) : pack<float, float>(args);
 }
 
 void linear(const LinearArgs& args) {
   if (args.rows == 0 || args.columns == 0) return;
-  if (!args.bf16) return Product<float, FmaEngine<float>>(args).run();
 #if PDS_AMX
-  if (active_isa() == Isa::amx) return Product<uint16_t, AmxEngine>(args).run();
+  if (active_isa() == Isa::amx) return args.bf16 ? TileProduct<uint16_t>(args).run() : TileProduct<float>(args).run();
 #endif
-  Product<uint16_t, FmaEngine<LowUnit>>(args).run();
+  args.bf16 ? Product<uint16_t, FmaEngine<LowUnit>>(args).run() : Product<float, FmaEngine<float>>(args).run();
 }
 
 }  // namespace PDS_ISA
