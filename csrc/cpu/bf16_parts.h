@@ -1,6 +1,7 @@
 // Products of float32 matrices on bfloat16 tiles. A float of 24 significant bits is the sum of three bfloat16 parts of 8,
-// and a product of two floats that of nine products of parts. Six are summed, in float32; the other three are below 2^-25
-// of it together, so that the error of a sum is float32's (measured: about half that of a chain of fused multiply-adds).
+// and a product of two floats that of nine products of parts. Six are summed, in float32; the other three are below
+// 2^-25 of it together, so that the error of a sum is float32's (measured: less than half that of a chain of fused
+// multiply-adds from 32 terms on, 1.2 x it for one).
 // Include it from op files only (it needs PDS_ISA).
 #pragma once
 #include <algorithm>
@@ -19,9 +20,7 @@ constexpr int64_t kBlockUnits = 32 * kChunk / 2;  // units of one part of 32 row
 constexpr float kLargest = 48.f;
 
 PDS_INLINE float largest_of(__m512 x) {
-  const __m512d halves = reinterpret_cast<__m512d>(x);
-  const __m256 high = reinterpret_cast<__m256>(_mm512_maskz_extractf64x4_pd(0xF, halves, 1));
-  const __m256 eight = _mm256_max_ps(_mm512_castps512_ps256(x), high);
+  const __m256 eight = _mm256_max_ps(_mm512_castps512_ps256(x), _mm512_castps512_ps256(_mm512_maskz_shuffle_f32x4(0xFFFF, x, x, 0xEE)));
   __m128 most = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
   most = _mm_max_ps(most, _mm_movehl_ps(most, most));
   return _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)));
@@ -44,7 +43,9 @@ PDS_INLINE float parts_exponent(const float* row, int64_t n) {
 
 // The nearest number with 8 significant bits, away from zero between two. It may lose what is undefined, but not from the
 // rest that is left of it.
-PDS_INLINE vfloat leading_part(vfloat x) { return as_float((as_int(x) + splat(0x8000)) & splat(int32_t(0xFFFF0000))); }
+PDS_INLINE vfloat leading_part(vfloat x) {
+  return as_float((as_int(x) + splat(0x8000)) & splat(static_cast<int32_t>(0xFFFF0000)));
+}
 
 // 32 floats of a chunk, scaled, as three parts, kBlockUnits apart. Unit j of 16 has elements j and j + 16. An infinite or
 // undefined element makes its products undefined, and those of its row alone.
@@ -74,7 +75,8 @@ PDS_INLINE void split_rows(const float* x, int64_t row, int64_t count, int64_t n
         const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(kept), from);
         const __m512 high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(kept >> 16), from + 16);
         split_parts((vfloat)_mm512_maskz_scalef_ps(0xFFFF, low, exponent),
-                    (vfloat)_mm512_maskz_scalef_ps(0xFFFF, high, exponent), out + k / kChunk * kParts * kBlockUnits + i * 16);
+                    (vfloat)_mm512_maskz_scalef_ps(0xFFFF, high, exponent),
+                    out + k / kChunk * kParts * kBlockUnits + i * 16);
       }
     }
   }
@@ -88,13 +90,19 @@ struct ColumnSplit {
   Bf16Pair* to = nullptr;
   int64_t steps = 0;   // left to take: chunks * 32
 
-  PDS_INLINE void take() {
+  PDS_INLINE void take(int64_t count) {
     constexpr int64_t kAhead = 1024;
-    __builtin_prefetch(from + kAhead);
-    __builtin_prefetch(from + kAhead + 16);
-    split_parts(load(from), load(from + 16), to);
-    from += 32;
-    to += --steps % 32 == 0 ? 16 + (kParts - 1) * kBlockUnits : 16;
+    const float* line = from;   // copies, which stay in registers
+    Bf16Pair* out = to;
+    const int64_t left = std::max<int64_t>(0, steps - count);
+    for (int64_t i = steps; i > left;) {
+      __builtin_prefetch(line + kAhead);
+      __builtin_prefetch(line + kAhead + 16);
+      split_parts(load(line), load(line + 16), out);
+      line += 32;
+      out += --i % 32 == 0 ? 16 + (kParts - 1) * kBlockUnits : 16;
+    }
+    from = line, to = out, steps = left;
   }
 };
 

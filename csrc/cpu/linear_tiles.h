@@ -11,8 +11,8 @@ namespace {
 constexpr int64_t kTallRows = 32;           // rows of a block
 constexpr int64_t kMostTileRows = 192;      // rows of a task,
 constexpr int64_t kTileRowBytes = 1200 << 10;  // which stay in L2 while the panels of the weight pass
-static const int64_t kLongStretch = getenv("KL")?atoi(getenv("KL")):8;        // chunks of a panel whose parts are made ahead: two of these stay in L2,
-static const int64_t kShortStretch = getenv("KS")?atoi(getenv("KS")):2;       // or in L1, where only one block of rows meets them
+constexpr int64_t kLongStretch = 8;         // chunks of a panel whose parts are made at a time: two of these stay in L2,
+constexpr int64_t kShortStretch = 1;        // or in L1, where only one block of rows meets them
 
 // A float32 weight for the tiles: see ColumnSplit.
 void pack_columns(const LinearArgs& args) {
@@ -49,8 +49,7 @@ struct TileProduct {
   explicit TileProduct(const LinearArgs& a)
       : args(a), layout(a), width(a.geglu ? a.columns / 2 : a.columns), chunks(layout.depth / 16) {
     const int64_t threads = num_threads(), fair = round_up((args.rows + 2 * threads - 1) / (2 * threads), kTallRows);
-    static const int64_t kB=getenv("KB")?atoi(getenv("KB"))*1024:kTileRowBytes,kM=getenv("KM")?atoi(getenv("KM")):kMostTileRows;
-    const int64_t fitting = std::min(kM, kB / (layout.depth * kPieces * 4));
+    const int64_t fitting = std::min(kMostTileRows, kTileRowBytes / (layout.depth * kPieces * 4));
     block = std::min(fair, std::max<int64_t>(1, fitting / kTallRows) * kTallRows);
     const int64_t blocks = (args.rows + block - 1) / block, wanted = threads == 1 ? 1 : blocks == 1 ? threads : 4 * threads;
     groups = std::min(layout.panels, (wanted + blocks - 1) / blocks);
@@ -179,14 +178,13 @@ struct TileProduct {
       const int64_t count = stretch.count(), times = count * (kSplit ? 6 : 1);
       const Bf16Pair* right = kSplit ? &parts[turn * most * kPieces * kBlockUnits] : stretch.at();
       if (kSplit) {
-        while (split.steps > 0) split.take();
+        split.take(split.steps);
         split = stretch.next().split(&parts[(turn ^ 1) * most * kPieces * kBlockUnits]);
       }
       const int64_t row_pace = (kTallRows + times - 1) / times, pace = (split.steps + blocks * times - 1) / (blocks * times);
       const auto meanwhile = [&] {
         for (int64_t i = 0; i < row_pace; ++i) before.finish_one();
-        if (kSplit)
-          for (int64_t i = 0; i < pace && split.steps > 0; ++i) split.take();
+        if (kSplit) split.take(pace);
       };
       for (int64_t r = 0; r < source.count; r += kTallRows) {
         Left left = source.left(r);
@@ -219,8 +217,8 @@ struct TileProduct {
         split[i] = {reinterpret_cast<const float*>(from), &parts[(2 * turn + i) * kSize], p < end ? kChunk : 0};
       }
     };
-    const auto take = [&](int64_t steps) {
-      for (; steps > 0 && split[1].steps > 0; --steps) split[split[0].steps == 0].take();
+    const auto take = [&](int64_t count) {
+      for (ColumnSplit& one : split) one.take(count);
     };
     if (kSplit) start(begin, 0, 0);
     for (int64_t p = begin, turn = 0; p < end; p += 2) {
@@ -228,9 +226,9 @@ struct TileProduct {
       Left left = source.left(0);
       for (int64_t k = 0; k < chunks; ++k, left.data += left.chunk, turn ^= 1) {
         if constexpr (kSplit) {
-          take(2 * kChunk);
+          take(kChunk);
           k + 1 < chunks ? start(p, k + 1, turn ^ 1) : start(p + 2, 0, turn ^ 1);
-          multiply_parts_short(left.data, &parts[2 * turn * kSize], &parts[(2 * turn + 1) * kSize], [&] { take(11); });
+          multiply_parts_short(left.data, &parts[2 * turn * kSize], &parts[(2 * turn + 1) * kSize], [&] { take(6); });
         } else {
           PDS_TILE_LOAD(4, left.data, left.row * 4);
           multiply_short(layout.panel(args.packed, p) + k * kSize, layout.panel(args.packed, std::min(p + 1, end - 1)) + k * kSize);
