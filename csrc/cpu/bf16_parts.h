@@ -60,11 +60,11 @@ PDS_INLINE void split_parts(vfloat low, vfloat high, Bf16Pair* out) {
   }
 }
 
-// The parts of up to 32 rows of n floats: [chunks][kParts][32 rows][16 units], with the exponent of each row. Rows from
-// `count` to the next multiple of 16 are zero, and those after them are not written.
+// The parts of up to 32 rows of n floats: [chunks][kParts][32 rows][16 units], with the exponent of each row. The
+// other rows are zero if there are more than 16, else not written.
 PDS_INLINE void split_rows(const float* x, int64_t row, int64_t count, int64_t n, Bf16Pair* out, float* exponents) {
   constexpr int64_t kGroup = 4 * kChunk;   // so that what is written stays in the first-level cache
-  const int64_t padded = round_up(count, 16);
+  const int64_t padded = count > 16 ? 32 : count;
   for (int64_t i = 0; i < padded; ++i) exponents[i] = i < count ? parts_exponent(x + i * row, n) : 0.f;
   for (int64_t first = 0; first < n; first += kGroup) {
     for (int64_t i = 0; i < padded; ++i) {

@@ -123,7 +123,7 @@ struct TileProduct {
     void copy_rows(const T* x, int64_t count, Bf16Pair* to) const {
       const int64_t units = product.layout.depth;
       for (int64_t i = 0; i < count; ++i) pack_row(x + i * product.args.depth, product.args.depth, units * 2, to + i * units);
-      std::memset(to + count * units, 0, (kTallRows - count) * units * sizeof(Bf16Pair));
+      if (count > 16) std::memset(to + count * units, 0, (kTallRows - count) * units * sizeof(Bf16Pair));
     }
 
     Left left(int64_t r) const {
@@ -206,7 +206,7 @@ struct TileProduct {
 
   // The same for up to 16 rows, two panels at a time.
   void short_task(const Source& source, int64_t begin, int64_t end) const {
-    const AmxEngine::Session session;
+    const AmxEngine::Session session(source.count);
     constexpr int64_t kSize = kBlockUnits * kPieces, kSource = kBlockUnits * (kSplit ? 2 : 1);
     Buffer<Bf16Pair> parts(kSplit ? 4 * kSize : 0);   // of the present chunk of both panels, and of the next one
     alignas(64) float sums[kTallRows * kPanel];
