@@ -19,11 +19,11 @@ constexpr int64_t kBlockUnits = 32 * kChunk / 2;  // units of one part of 32 row
 // is here: its products with another row's stay below 2^98, and what is 2^-150 of it still keeps its 24 bits.
 constexpr float kLargest = 48.f;
 
-PDS_INLINE float largest_of(__m512 x) {
-  const __m256 eight = _mm256_max_ps(_mm512_castps512_ps256(x), _mm512_castps512_ps256(_mm512_maskz_shuffle_f32x4(0xFFFF, x, x, 0xEE)));
-  __m128 most = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-  most = _mm_max_ps(most, _mm_movehl_ps(most, most));
-  return _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)));
+PDS_INLINE float largest_of(vfloat x) {
+  x = vmax(x, (vfloat)_mm512_maskz_shuffle_f32x4(0xFFFF, (__m512)x, (__m512)x, 0x4E));
+  x = vmax(x, (vfloat)_mm512_maskz_shuffle_f32x4(0xFFFF, (__m512)x, (__m512)x, 0xB1));
+  x = vmax(x, (vfloat)_mm512_maskz_permute_ps(0xFFFF, (__m512)x, 0x4E));
+  return vmax(x, (vfloat)_mm512_maskz_permute_ps(0xFFFF, (__m512)x, 0xB1))[0];
 }
 
 // The exponent by which a row of n floats is to be scaled; -inf where one of them is infinite.
@@ -37,7 +37,7 @@ PDS_INLINE float parts_exponent(const float* row, int64_t n) {
     const __mmask16 rest = static_cast<__mmask16>((1u << std::min<int64_t>(16, n - k)) - 1);
     most[0] = vmax(size(_mm512_maskz_loadu_ps(rest, row + k)), most[0]);
   }
-  const float largest = largest_of((__m512)vmax(most[0], most[1]));
+  const float largest = largest_of(vmax(most[0], most[1]));
   return largest == 0.f ? 0.f : kLargest - _mm_cvtss_f32(_mm_getexp_ss(_mm_setzero_ps(), _mm_set_ss(largest)));
 }
 
@@ -125,7 +125,8 @@ PDS_INLINE void multiply_parts(const Bf16Pair* left, const Bf16Pair* right, Mean
 
 // The same of 16 rows times two right sides, for tiles 0 and 1, and 2 and 3.
 template <typename Meanwhile>
-PDS_INLINE void multiply_parts_short(const Bf16Pair* left, const Bf16Pair* right, const Bf16Pair* other, Meanwhile&& meanwhile) {
+PDS_INLINE void multiply_parts_short(const Bf16Pair* left, const Bf16Pair* right, const Bf16Pair* other,
+                                     Meanwhile&& meanwhile) {
 #pragma GCC unroll 6
   for (int i = 0; i < 6; ++i) {
     const auto [a, b] = kPartProducts[i];

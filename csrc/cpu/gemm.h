@@ -143,8 +143,8 @@ PDS_INLINE void multiply_tiles() {
   PDS_TILE_MULTIPLY(3, 5, 7);
 }
 
-// Tiles 0 and 1 += tile 4 times one panel's 16 rows, tiles 2 and 3 += tile 4 times another's: four sums at a time, since one
-// product has to wait for the last one of its sum.
+// Tiles 0 and 1 += tile 4 times 16 rows of one panel, tiles 2 and 3 += tile 4 times those of another: four sums at a time,
+// since a product has to wait for the last one of its sum.
 PDS_INLINE void multiply_short(const Bf16Pair* panel, const Bf16Pair* other) {
   load_right(panel, kPanel);
   PDS_TILE_MULTIPLY(0, 4, 6);
@@ -168,7 +168,9 @@ PDS_INLINE void load_tiles(const float* from, int64_t row) {
   PDS_TILE_LOAD(3, from + 16 * row + 16, row * 4);
 }
 
-PDS_INLINE void clear_tiles() { asm volatile("tilezero %tmm0\n\ttilezero %tmm1\n\ttilezero %tmm2\n\ttilezero %tmm3"); }
+PDS_INLINE void clear_tiles() {
+  asm volatile("tilezero %tmm0\n\ttilezero %tmm1\n\ttilezero %tmm2\n\ttilezero %tmm3");
+}
 
 // The same with AMX: four tiles of C, 32 x 32. A's step must be 1, and depth a multiple of 16 units.
 struct AmxEngine {
@@ -180,7 +182,10 @@ struct AmxEngine {
     // The left side and the sums may have fewer rows than 16, which are multiplied in less time.
     explicit Session(int64_t rows = 16) {
       alignas(64) uint8_t config[64] = {1};   // palette 1
-      for (int tile = 0; tile < 8; ++tile) config[16 + 2 * tile] = 64, config[48 + tile] = tile < 6 ? static_cast<uint8_t>(rows) : 16;
+      for (int tile = 0; tile < 8; ++tile) {
+        config[16 + 2 * tile] = 64;
+        config[48 + tile] = tile < 6 ? static_cast<uint8_t>(rows) : 16;
+      }
       asm volatile("ldtilecfg (%0)" ::"r"(config) : "memory");
     }
     ~Session() { asm volatile("tilerelease"); }

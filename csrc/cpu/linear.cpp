@@ -1,6 +1,7 @@
 // A linear layer whose result for a row does not depend on the other rows: every sum runs over the features in one order,
 // on the same instructions, wherever the row lies. Library products choose their kernels by the shape, so that a sentence
 // would come out differently in another batch. Bias, residual and GEGLU are applied to a tile while it is in the cache.
+// Here is the form for fused multiply-adds; linear_tiles.h has that for AMX.
 #include "common/linear.h"
 
 #include "cpu/linear_layout.h"
@@ -51,7 +52,7 @@ struct Product {
       : args(a), layout(a), width(a.geglu ? a.columns / 2 : a.columns),
         direct(kSame && a.depth == layout.depth * kUnit<Unit>) {
     const int64_t threads = num_threads(), fair = round_up((args.rows + 2 * threads - 1) / (2 * threads), kRows);
-    const int64_t fitting = std::min(kMostRows, kRowBytes / (layout.depth * static_cast<int64_t>(sizeof(Unit))));
+    const int64_t fitting = std::min(kMostRows, kRowBytes / std::max<int64_t>(1, layout.depth * sizeof(Unit)));
     block = std::min(fair, std::max<int64_t>(1, fitting / kRows) * kRows);
     const int64_t blocks = (args.rows + block - 1) / block, wanted = threads > 1 ? 4 * threads : 1;
     groups = std::min(layout.panels, (wanted + blocks - 1) / blocks);

@@ -8,11 +8,11 @@ namespace pds {
 namespace PDS_ISA {
 namespace {
 
-constexpr int64_t kTallRows = 32;           // rows of a block
-constexpr int64_t kMostTileRows = 192;      // rows of a task,
+constexpr int64_t kTallRows = 32;              // rows of a block
+constexpr int64_t kMostTileRows = 192;         // rows of a task,
 constexpr int64_t kTileRowBytes = 1200 << 10;  // which stay in L2 while the panels of the weight pass
-constexpr int64_t kLongStretch = 8;         // chunks of a panel whose parts are made at a time: two of these stay in L2,
-constexpr int64_t kShortStretch = 1;        // or in L1, where only one block of rows meets them
+constexpr int64_t kLongStretch = 8;            // chunks of a panel whose parts are made at a time: two of these stay in L2,
+constexpr int64_t kShortStretch = 1;           // or in L1, where only one block of rows meets them
 
 // A float32 weight for the tiles: see ColumnSplit.
 void pack_columns(const LinearArgs& args) {
@@ -43,15 +43,16 @@ struct TileProduct {
   const LinearArgs& args;
   const Layout<Bf16Pair, kSplit ? 2 : 1> layout;
   const int64_t width;    // columns of out
-  const int64_t chunks;
+  const int64_t chunks;   // of 16 units
   int64_t block, groups;  // rows of a task, and into how many parts the panels are split
 
   explicit TileProduct(const LinearArgs& a)
       : args(a), layout(a), width(a.geglu ? a.columns / 2 : a.columns), chunks(layout.depth / 16) {
     const int64_t threads = num_threads(), fair = round_up((args.rows + 2 * threads - 1) / (2 * threads), kTallRows);
-    const int64_t fitting = std::min(kMostTileRows, kTileRowBytes / (layout.depth * kPieces * 4));
+    const int64_t fitting = std::min(kMostTileRows, kTileRowBytes / std::max<int64_t>(1, layout.depth * kPieces * 4));
     block = std::min(fair, std::max<int64_t>(1, fitting / kTallRows) * kTallRows);
-    const int64_t blocks = (args.rows + block - 1) / block, wanted = threads == 1 ? 1 : blocks == 1 ? threads : 4 * threads;
+    const int64_t blocks = (args.rows + block - 1) / block;
+    const int64_t wanted = threads == 1 ? 1 : blocks == 1 ? threads : 4 * threads;
     groups = std::min(layout.panels, (wanted + blocks - 1) / blocks);
   }
 
@@ -63,7 +64,7 @@ struct TileProduct {
     int64_t row = 0, last = 0, p = 0;
 
     PDS_INLINE void finish_one() {
-      if (row < last) product->finish_row(sums, exponents, row++, p), sums += kPanel, exponents += kPieces > 1;
+      if (row < last) product->finish_row(sums, exponents, row++, p), sums += kPanel, exponents += kSplit;
     }
     PDS_INLINE void finish_all() {
       while (row < last) finish_one();
@@ -74,7 +75,7 @@ struct TileProduct {
     vfloat x[2] = {load(sums), load(sums + kWidth)};
     for (int half = 0; half < 2; ++half) {
       const int64_t column = p * kPanel + half * kWidth;
-      if (kPieces > 1) {
+      if (kSplit) {
         const vfloat back = splat(-*exponent) - load(layout.exponents(args.packed) + column);
         x[half] = (vfloat)_mm512_maskz_scalef_ps(0xFFFF, (__m512)x[half], (__m512)back);
       }
@@ -108,27 +109,28 @@ struct TileProduct {
 
     Source(const TileProduct& of, int64_t from, int64_t rows)
         : product(of), first(from), count(rows),
-          whole(kPieces == 1 && of.args.depth == of.layout.depth * 2 ? count / kTallRows * kTallRows : 0),
+          whole(!kSplit && of.args.depth == of.layout.depth * 2 ? count / kTallRows * kTallRows : 0),
           copied(round_up(count - whole, kTallRows) * of.layout.depth * kPieces),
-          exponents(kPieces > 1 ? round_up(count, kTallRows) : 0) {
+          exponents(kSplit ? round_up(count, kTallRows) : 0) {
       const int64_t depth = of.args.depth;
       for (int64_t r = whole; r < count; r += kTallRows) {
         const T* x = static_cast<const T*>(of.args.x) + (first + r) * depth;
         Bf16Pair* to = &copied[(r - whole) * of.layout.depth * kPieces];
-        if constexpr (kPieces > 1) split_rows(x, depth, std::min(kTallRows, count - r), depth, to, &exponents[r]);
+        if constexpr (kSplit) split_rows(x, depth, std::min(kTallRows, count - r), depth, to, &exponents[r]);
         else copy_rows(x, std::min(kTallRows, count - r), to);
       }
     }
 
     void copy_rows(const T* x, int64_t count, Bf16Pair* to) const {
       const int64_t units = product.layout.depth;
-      for (int64_t i = 0; i < count; ++i) pack_row(x + i * product.args.depth, product.args.depth, units * 2, to + i * units);
+      const int64_t depth = product.args.depth;
+      for (int64_t i = 0; i < count; ++i) pack_row(x + i * depth, depth, units * 2, to + i * units);
       if (count > 16) std::memset(to + count * units, 0, (kTallRows - count) * units * sizeof(Bf16Pair));
     }
 
     Left left(int64_t r) const {
       const int64_t units = product.layout.depth;
-      if (kPieces > 1) return {&copied[r * units * kPieces], 16, kBlockUnits * kPieces};
+      if (kSplit) return {&copied[r * units * kPieces], 16, kBlockUnits * kPieces};
       if (r >= whole) return {&copied[(r - whole) * units], units, 16};
       return {static_cast<const Bf16Pair*>(product.args.x) + (first + r) * units, units, 16};
     }
@@ -156,7 +158,9 @@ struct TileProduct {
     int64_t p, first = 0;
 
     int64_t count() const { return std::min(most, product->chunks - first); }
-    const Bf16Pair* at() const { return product->layout.panel(product->args.packed, p) + first * kBlockUnits * (kSplit ? 2 : 1); }
+    const Bf16Pair* at() const {
+      return product->layout.panel(product->args.packed, p) + first * kBlockUnits * (kSplit ? 2 : 1);
+    }
     bool last() const { return first + most >= product->chunks; }
     Stretches next() const { return {product, most, end, last() ? p + 1 : p, last() ? 0 : first + most}; }
     ColumnSplit split(Bf16Pair* to) const {
@@ -175,13 +179,14 @@ struct TileProduct {
     Stretches stretch{this, most, end, begin};
     ColumnSplit split = stretch.split(parts.get());
     for (int64_t turn = 0, sum = 0; stretch.p < end; stretch = stretch.next(), turn ^= 1) {
-      const int64_t count = stretch.count(), times = count * (kSplit ? 6 : 1);
+      const int64_t count = stretch.count(), times = std::max<int64_t>(1, count * (kSplit ? 6 : 1));
       const Bf16Pair* right = kSplit ? &parts[turn * most * kPieces * kBlockUnits] : stretch.at();
       if (kSplit) {
         split.take(split.steps);
         split = stretch.next().split(&parts[(turn ^ 1) * most * kPieces * kBlockUnits]);
       }
-      const int64_t row_pace = (kTallRows + times - 1) / times, pace = (split.steps + blocks * times - 1) / (blocks * times);
+      const int64_t row_pace = (kTallRows + times - 1) / times;
+      const int64_t pace = (split.steps + blocks * times - 1) / (blocks * times);
       const auto meanwhile = [&] {
         for (int64_t i = 0; i < row_pace; ++i) before.finish_one();
         if (kSplit) split.take(pace);
@@ -197,7 +202,8 @@ struct TileProduct {
         if (last || kept > 1) store_tiles(to, kPanel);
         if (!last) continue;
         before.finish_all();
-        before = {this, to, &source.exponents[r], source.first + r, source.first + std::min(source.count, r + kTallRows), stretch.p};
+        before = {this, to, source.exponents.get() + r, source.first + r,
+                  source.first + std::min(source.count, r + kTallRows), stretch.p};
         sum ^= 1;
       }
     }
@@ -231,12 +237,14 @@ struct TileProduct {
           multiply_parts_short(left.data, &parts[2 * turn * kSize], &parts[(2 * turn + 1) * kSize], [&] { take(6); });
         } else {
           PDS_TILE_LOAD(4, left.data, left.row * 4);
-          multiply_short(layout.panel(args.packed, p) + k * kSize, layout.panel(args.packed, std::min(p + 1, end - 1)) + k * kSize);
+          const int64_t other = std::min(p + 1, end - 1);
+          multiply_short(layout.panel(args.packed, p) + k * kSize, layout.panel(args.packed, other) + k * kSize);
         }
       }
       store_tiles(sums, kPanel);
       for (int64_t i = 0; i < 2 && p + i < end; ++i)
-        Rows{this, sums + i * 16 * kPanel, &source.exponents[0], source.first, source.first + source.count, p + i}.finish_all();
+        Rows{this, sums + i * 16 * kPanel, source.exponents.get(), source.first, source.first + source.count, p + i}
+            .finish_all();
     }
   }
 

@@ -18,7 +18,9 @@ class PackedLinear:
     The result for a row is a function of that row alone, bit for bit: every sum runs over the features in one order.
     torch's products choose their kernel by the number of rows, so that a sentence comes out a little differently in
     another batch. This holds for the CPU kernels in float32 and bfloat16 (float32 sums, rounded once); elsewhere
-    ``torch.nn.functional.linear`` does the work.
+    ``torch.nn.functional.linear`` does the work. On AMX a float32 product is six products of bfloat16 parts, as exact as
+    float32 products are; there a row of x with an infinite element gives NaN throughout, and so does a row of the weight
+    in its column.
 
     Args:
         weight: float ``[columns, depth]``; copied.
@@ -86,7 +88,7 @@ def _linear_cpu(x: Tensor, packed: Tensor, weight: Tensor, bias: Tensor | None, 
     residual = None if residual is None else residual.contiguous()
     out = _linear_fake(x, packed, weight, bias, residual, geglu)
     columns, depth = weight.shape
-    C.linear(pointer(x), pointer(packed), pointer(residual), pointer(out), x.numel() // max(1, depth), columns, depth,
+    C.linear(pointer(x), pointer(packed), pointer(residual), pointer(out), x.shape[:-1].numel(), columns, depth,
              x.dtype == torch.bfloat16, geglu)
     return out
 

@@ -48,7 +48,7 @@ def test_geglu_follows_the_product(dtype, rows, depth, half):
 @kernel_only
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("geglu", [False, True])
-@pytest.mark.parametrize(("depth", "columns"), [(64, 96), (200, 70), (1024, 256)])
+@pytest.mark.parametrize(("depth", "columns"), [(64, 96), (200, 70), (1024, 256), (2080, 40)])
 def test_a_row_comes_out_the_same_in_any_company(dtype, geglu, depth, columns):
     torch.manual_seed(0)
     x, layer = torch.randn(700, depth).to(dtype), None
@@ -67,6 +67,50 @@ def test_a_row_comes_out_the_same_in_any_company(dtype, geglu, depth, columns):
         torch.set_num_threads(threads)
 
 
+def near_cancelling(x, weight):
+    x[:, 1::2], weight[:, 1::2] = -x[:, ::2] * (1 + 1e-6 * weight[:1, ::2]), weight[:, ::2]
+    return x, weight
+
+
+DATA = {
+    "positive": lambda x, w: (x.abs(), w.abs()),
+    "large range": lambda x, w: (x * 10.0 ** (6 * x.roll(1, 1)), w * 10.0 ** (6 * w.roll(1, 1))),
+    "near cancelling": near_cancelling,
+    "subnormal and huge": lambda x, w: (x * 1e-40, w * 1e30),
+    "tiny": lambda x, w: (x * 1e-20, w * 1e-17),
+    "huge and tiny": lambda x, w: (x * 1e36, w * 1e-30),
+    "full mantissas": lambda x, w: (x.sign() * (2 - 2.0**-23), w.sign() * (2 - 2.0**-23)),
+}
+
+
+@kernel_only
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("depth", [2, 64, 520])
+def test_float32_is_as_exact_as_fused_multiply_adds(data, depth):
+    """AMX multiplies floats as parts of bfloat16; nothing of them may be lost, whatever their size."""
+    torch.manual_seed(depth)
+    x, weight = DATA[data](torch.randn(45, depth), torch.randn(70, depth))
+    exact = F.linear(x.double(), weight.double())
+    errors = {isa: float((PackedLinear(weight)(x).double() - exact).square().mean().sqrt()) for isa in each_isa()}
+    separate = errors.pop("baseline")   # rounds products, too
+    assert all(error <= 1.5 * errors.get("avx2", separate) for error in errors.values()), errors
+
+
+@kernel_only
+@pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
+def test_what_is_not_finite_stays_in_its_row_and_column(bad):
+    torch.manual_seed(0)
+    x, weight = torch.randn(40, 70), torch.randn(50, 70)
+    for isa in each_isa():
+        clean = PackedLinear(weight)(x)
+        rows, columns = x.clone(), weight.clone()
+        rows[3, 69], rows[33, 0], columns[7, 5] = bad, bad, bad
+        found, finite = PackedLinear(columns)(rows), torch.ones(40, 50, dtype=torch.bool)
+        finite[3], finite[33], finite[:, 7] = False, False, False
+        assert torch.equal(found.isfinite(), finite) and torch.equal(found[finite], clean[finite]), isa
+        assert not PackedLinear(weight * 1e30)(x * 1e30).isfinite().any(), isa   # sums beyond the range
+
+
 def test_it_keeps_the_weight_it_was_given():
     weight = torch.randn(4, 3)
     layer = PackedLinear(weight)
@@ -80,6 +124,8 @@ def test_other_dtypes_and_no_rows():
     x = torch.randn(2, 5, 3, dtype=torch.float64)
     assert torch.equal(PackedLinear(weight)(x), F.linear(x, weight))
     assert PackedLinear(weight.float())(torch.empty(2, 0, 3)).shape == (2, 0, 4)
+    for isa in each_isa():
+        assert torch.equal(PackedLinear(torch.empty(4, 0), torch.ones(4))(torch.empty(3, 0)), torch.ones(3, 4)), isa
 
 
 def test_bad_input():
