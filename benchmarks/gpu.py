@@ -143,7 +143,32 @@ def noise_cases(device: torch.device, small: bool) -> list[Case]:
         cases.append(Case("embed_q_sample", name, {
             OURS: lambda e=table, i=embed, k=seed: ops.embed_q_sample(e, *i, sigma0=0.1, seed=k), "eager": eager_embed},
             3 * moved))
+        cases.append(rounded_step_case(name, x, table, ids, (a, b, c), seed))
+        cases.append(embed_gradient_case(name, x, y, ids, t, signal))
     return cases
+
+
+def rounded_step_case(name: str, x: Tensor, table: Tensor, ids: Tensor, factors: tuple[Tensor, ...], seed: Tensor) -> Case:
+    """The update with the gather of the rounding; the table stays in the cache and is not counted."""
+    def eager():
+        return eager_step(x, F.embedding(ids, table), *factors)
+
+    return Case("sampler_step of ids", name, {
+        OURS: lambda: ops.sampler_step(x, table, *factors, ids=ids, seed=seed), "eager": eager},
+        2 * x.numel() * x.element_size())
+
+
+def embed_gradient_case(name: str, grad_x0: Tensor, grad_x_t: Tensor, ids: Tensor, t: Tensor, signal: Tensor) -> Case:
+    """The gradient of the table of embed_q_sample; index_add is not deterministic."""
+    def total():
+        return (grad_x0.float() + signal[t][..., None] * grad_x_t.float()).flatten(0, 1)
+
+    return Case("embed_q_sample gradient", name, {
+        OURS: lambda: torch.ops.pydiffseq.embed_q_sample_backward(grad_x0, grad_x_t, ids, t, signal, None, V, grad_x0),
+        "index_add": lambda: grad_x0.new_zeros(V, grad_x0.shape[-1], dtype=torch.float32).index_add_(
+            0, ids.flatten(), total()),
+        "sorted": lambda: torch.ops.aten.embedding_dense_backward(total(), ids, V, -1, False)},
+        2 * grad_x0.numel() * grad_x0.element_size() + V * grad_x0.shape[-1] * grad_x0.element_size())
 
 
 # --- Nearest ---

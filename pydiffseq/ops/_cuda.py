@@ -6,8 +6,9 @@ reference there, once per process. Where they do not, or fail, one warning says 
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -62,9 +63,20 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+@contextlib.contextmanager
+def _any_algorithm() -> Iterator[None]:
+    """Deterministic algorithms off: the reference may use an operation for which torch has none and would raise."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
 def _self_check(family: str, device: torch.device, cases: Callable[[torch.device], Iterable[Case]]) -> bool:
     try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(device.type, enabled=False), _any_algorithm():
             problem = next((f"{name} differs from its reference" for name, kernel, reference, *tolerance in cases(device)
                             if not _same(kernel(), reference(), *tolerance)), None)
     except Exception as error:  # whatever goes wrong in the trial, the reference is there to take over

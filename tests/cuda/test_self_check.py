@@ -179,6 +179,20 @@ def test_every_device_and_family_has_its_own_verdict(monkeypatch):
     assert _cuda.trusted("other", torch.device("cuda", 0), cases) and len(trials) == 3
 
 
+def test_the_trial_may_use_any_algorithm(monkeypatch):
+    monkeypatch.setattr(_cuda, "_verdicts", {})
+
+    def cases(device):
+        yield "op", lambda: torch.zeros(1), lambda: torch.ones(1) * torch.are_deterministic_algorithms_enabled()
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert _cuda.trusted("family", CPU, cases)
+        assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_no_trial_while_a_graph_is_captured(monkeypatch):
     monkeypatch.setattr(_cuda, "_verdicts", {})
     monkeypatch.setattr(_cuda, "capturing", lambda device: True)
