@@ -94,11 +94,12 @@ bool resume(Thread& thread) {
   return true;
 }
 
+// The lanes in turn, the last one first where the last warp is ahead.
 bool resume_warp(unsigned warp) {
   bool moved = false;
-  const unsigned size = static_cast<unsigned>(machine.threads.size());
-  for (unsigned i = warp * 32; i < std::min(size, warp * 32 + 32) && machine.problem.empty(); ++i)
-    moved |= resume(machine.threads[i]);
+  const unsigned size = static_cast<unsigned>(machine.threads.size()), first = warp * 32, end = std::min(size, first + 32);
+  for (unsigned i = first; i < end && machine.problem.empty(); ++i)
+    moved |= resume(machine.threads[order == Order::last_ahead ? first + end - 1 - i : i]);
   return moved;
 }
 
