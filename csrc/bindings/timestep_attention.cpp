@@ -1,6 +1,7 @@
 #include <string>
 
 #include "bindings/timestep_attention.h"
+#include "cpu/parallel.h"
 
 namespace py = pybind11;
 
@@ -48,7 +49,11 @@ void run(const TimestepAttentionArgs& a, Kernel kernel) {
   check_timesteps(a);
   py::gil_scoped_release release;
   if (!a.query_offsets) return kernel(a);
-  for (int64_t b = 0; b < a.batch; ++b) kernel(sentence(a, b));
+  if (a.batch < 2 * num_threads()) {   // then the heads of a sentence are shared out
+    for (int64_t b = 0; b < a.batch; ++b) kernel(sentence(a, b));
+  } else {
+    parallel_for(a.batch, [&](int64_t b) { kernel(sentence(a, b)); });
+  }
 }
 
 }  // namespace

@@ -98,6 +98,9 @@ class ARDiffusion(DiffusionModel):
     def prepare(self, encoded: Encoded, mask: Tensor | None, lengths: Tensor, width: int) -> Encoded:
         """``encoded`` with what all denoising steps of M candidates share; arguments as of :meth:`denoise`."""
         packing, base = Packing.of(mask), self._base(lengths, width).expand(len(lengths), -1, -1)
+        if packing is not None:
+            sources = Packing.whatever(encoded.mask)
+            encoded = encoded._replace(memory=[kv.pack(sources) for kv in encoded.memory])
         return encoded._replace(base=packed(base, packing).contiguous(), packing=packing)
 
     def _base(self, lengths: Tensor | None, width: int) -> Tensor:

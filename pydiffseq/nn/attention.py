@@ -12,10 +12,18 @@ from pydiffseq.nn.packing import Packing, packed, padded
 
 
 class KeyValue(NamedTuple):
-    """Keys and values of one cross-attention layer, each ``[B, S, heads, head_dim]``: constant while decoding."""
+    """Keys and values of one cross-attention layer: constant while decoding.
+
+    Each is ``[B, S, heads, head_dim]``, or without padding ``[tokens, heads, head_dim]``, and then ``offsets``, int64
+    ``[B + 1]``, says where a sentence begins.
+    """
 
     key: Tensor
     value: Tensor
+    offsets: Tensor | None = None
+
+    def pack(self, packing: Packing) -> KeyValue:
+        return KeyValue(packing.pack(self.key), packing.pack(self.value), packing.offsets)
 
 
 def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
@@ -56,21 +64,33 @@ class SelfAttention(nn.Module):
         ``mask``: bool ``[B, N]``, True = real position. ``time``: the block's time projection, which both injections
         need: ``[B, N, H]``, or a table ``[T, H]`` that int64 ``timesteps`` ``[B, N]`` index.
         """
-        qkv = padded(self.qkv(x), packing)
-        qkv = qkv.view(*qkv.shape[:2], 3, self.heads, -1)
-        dropout_p = self.attention_dropout if self.training else 0.0
         tau = None if time is None else time.view(*time.shape[:-1], self.heads, -1)
-        if self.injection is None:
-            attended = ops.timestep_self_attention(qkv, key_mask=mask, dropout_p=dropout_p)
-        elif tau is None:
+        if self.injection is not None and tau is None:
             raise ValueError(f"self-attention with the {self.injection} injection needs the time projection, got None")
-        elif self.injection == "rotary":
-            attended = ops.rotary_timestep_self_attention(
-                qkv, tau, timesteps=timesteps, key_mask=mask, dropout_p=dropout_p)
+        if packing is not None and self.injection != "rotary":
+            attended = self._attend_packed(self.qkv(x), tau, timesteps, packing).flatten(1)
         else:
-            attended = ops.timestep_self_attention(
-                qkv, tau, self.content_bias, self.time_bias, timesteps=timesteps, key_mask=mask, dropout_p=dropout_p)
-        return self.out(packed(attended.flatten(2), packing), residual, self.dropout)
+            attended = packed(self._attend(padded(self.qkv(x), packing), mask, tau, timesteps).flatten(2), packing)
+        return self.out(attended, residual, self.dropout)
+
+    def _attend(self, qkv: Tensor, mask: Tensor | None, tau: Tensor | None, timesteps: Tensor | None) -> Tensor:
+        qkv, dropout_p = qkv.view(*qkv.shape[:2], 3, self.heads, -1), self.attention_dropout if self.training else 0.0
+        if self.injection is None:
+            return ops.timestep_self_attention(qkv, key_mask=mask, dropout_p=dropout_p)
+        assert tau is not None
+        if self.injection == "rotary":
+            return ops.rotary_timestep_self_attention(qkv, tau, timesteps=timesteps, key_mask=mask, dropout_p=dropout_p)
+        return ops.timestep_self_attention(
+            qkv, tau, self.content_bias, self.time_bias, timesteps=timesteps, key_mask=mask, dropout_p=dropout_p)
+
+    def _attend_packed(self, qkv: Tensor, tau: Tensor | None, timesteps: Tensor | None, packing: Packing) -> Tensor:
+        q, k, v = qkv.view(len(qkv), 3, self.heads, -1).unbind(1)
+        if self.injection is None:
+            return ops.packed_timestep_attention(q, k, v, offsets=packing.offsets)
+        assert tau is not None
+        return ops.packed_timestep_attention(
+            q, k, v, packing.pack(tau) if timesteps is None else tau, self.content_bias, self.time_bias,
+            offsets=packing.offsets, timesteps=None if timesteps is None else packing.pack(timesteps))
 
 
 class CrossAttention(nn.Module):
@@ -93,7 +113,14 @@ class CrossAttention(nn.Module):
 
         M is a multiple of B: consecutive rows of ``x`` share a source, as more queries for its keys.
         """
-        query = padded(self.query(x), packing)
+        query = self.query(x)
+        if packing is not None and source.offsets is not None:
+            candidates = packing.shape[0] // (len(source.offsets) - 1)
+            attended = ops.packed_timestep_attention(
+                query.view(len(query), self.heads, -1), source.key, source.value,
+                offsets=packing.offsets[::candidates], key_offsets=source.offsets)
+            return self.out(attended.flatten(1), residual, self.dropout)
+        query = padded(query, packing)
         shape, query = query.shape, query.view(len(source.key), -1, *source.key.shape[2:])
         attended = ops.timestep_attention(query, source.key, source.value, key_mask=mask,
                                           dropout_p=self.attention_dropout if self.training else 0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor
 
 LEAST_PADDING = 0.15   # share of a batch below which packing costs more copies than it saves
@@ -15,17 +16,22 @@ class Packing(NamedTuple):
     shape: tuple[int, int]
     places: Tensor    # int64 [T]: place of each real token in M * N
     origins: Tensor   # int64 [M * N]: the real token of each place, any one for padding
+    offsets: Tensor   # int64 [M + 1]: where the tokens of each row begin
 
     @classmethod
     def of(cls, mask: Tensor | None) -> Packing | None:
         """For ``mask`` bool ``[M, N]``; ``None`` where it does not pay, or where counting would wait for a device."""
         if mask is None or mask.device.type != "cpu" or not mask.numel():
             return None
+        packing = cls.whatever(mask)
+        return packing if 0 < len(packing.places) <= (1 - LEAST_PADDING) * mask.numel() else None
+
+    @classmethod
+    def whatever(cls, mask: Tensor) -> Packing:
+        """For ``mask`` bool ``[M, N]``, whether it pays or not."""
         flat = mask.flatten()
-        places = flat.nonzero().flatten()
-        if not len(places) or len(places) > (1 - LEAST_PADDING) * len(flat):
-            return None
-        return cls((mask.size(0), mask.size(1)), places, (flat.cumsum(0) - 1).clamp_min(0))
+        offsets = F.pad(mask.sum(1).cumsum(0), (1, 0))
+        return cls((mask.size(0), mask.size(1)), flat.nonzero().flatten(), (flat.cumsum(0) - 1).clamp_min(0), offsets)
 
     def pack(self, x: Tensor) -> Tensor:
         """``[M, N, ...] -> [T, ...]``."""

@@ -68,8 +68,9 @@ def packed_timestep_attention(
     # As one sentence, the arguments are those of timestep_attention.
     time = tau if tau is None or timesteps is not None else tau[None]
     check_arguments(q[None], k[None], v[None], time, u, w, None if timesteps is None else timesteps[None], None)
+    same = key_offsets is offsets and k.shape[0] == q.shape[0] and longest_key == longest
     longest = check_offsets("offsets", offsets, q, longest)
-    longest_key = check_offsets("key_offsets", key_offsets, k, longest_key)
+    longest_key = longest if same else check_offsets("key_offsets", key_offsets, k, longest_key)
     if offsets.shape != key_offsets.shape:
         raise ValueError(
             f"key_offsets must have the shape of offsets, {list(offsets.shape)}, got {list(key_offsets.shape)}")
