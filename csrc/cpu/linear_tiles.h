@@ -69,6 +69,18 @@ struct TileProduct {
     PDS_INLINE void finish_all() {
       while (row < last) finish_one();
     }
+    // The next row's place in memory, which is far from the one before.
+    PDS_INLINE void fetch_one() {
+      if (row >= last) return;
+      const int64_t at = row++ * product->width + p * (product->args.geglu ? kWidth : kPanel);
+      const T* out = static_cast<const T*>(product->args.out) + at;
+      __builtin_prefetch(out, 1);
+      __builtin_prefetch(out + kWidth, 1);
+      if (product->args.residual == nullptr) return;
+      const T* residual = static_cast<const T*>(product->args.residual) + at;
+      __builtin_prefetch(residual);
+      __builtin_prefetch(residual + kWidth);
+    }
   };
 
   PDS_INLINE void finish_row(const float* sums, const float* exponent, int64_t row, int64_t p) const {
@@ -187,8 +199,9 @@ struct TileProduct {
       }
       const int64_t row_pace = (kTallRows + times - 1) / times;
       const int64_t pace = (split.steps + blocks * times - 1) / (blocks * times);
+      Rows now{this};
       const auto meanwhile = [&] {
-        for (int64_t i = 0; i < row_pace; ++i) before.finish_one();
+        for (int64_t i = 0; i < row_pace; ++i) before.finish_one(), now.fetch_one();
         if (kSplit) split.take(pace);
       };
       for (int64_t r = 0; r < source.count; r += kTallRows) {
@@ -196,14 +209,16 @@ struct TileProduct {
         left.data += stretch.first * left.chunk;
         float* to = &sums[(kept > 1 ? stretch.p % 2 * kept + r / kTallRows : sum) * kTallRows * kPanel];
         const bool first = stretch.first == 0, last = stretch.last();
+        const Rows rows{this, to, source.exponents.get() + r, source.first + r,
+                        source.first + std::min(source.count, r + kTallRows), stretch.p};
+        if (last) now = rows;
         if (first) clear_tiles();
         else if (kept > 1) load_tiles(to, kPanel);
         multiply(count, left, right, meanwhile);
         if (last || kept > 1) store_tiles(to, kPanel);
         if (!last) continue;
         before.finish_all();
-        before = {this, to, source.exponents.get() + r, source.first + r,
-                  source.first + std::min(source.count, r + kTallRows), stretch.p};
+        before = rows;
         sum ^= 1;
       }
     }
