@@ -9,8 +9,9 @@ namespace PDS_ISA {
 namespace {
 
 constexpr int64_t kTallRows = 32;              // rows of a block
-constexpr int64_t kMostTileRows = 192;         // rows of a task,
-constexpr int64_t kTileRowBytes = 1200 << 10;  // which stay in L2 while the panels of the weight pass
+constexpr int64_t kMostTileRows = 192;         // rows of a task, which stay in L2 while the panels of the weight pass:
+constexpr int64_t kTileRowBytes = 600 << 10;   // they are fewer if they take more than this,
+constexpr int64_t kLeastTileRows = 96;         // but not fewer than these
 constexpr int64_t kLongStretch = 8;            // chunks of a panel whose parts are made at a time: two of these stay in L2,
 constexpr int64_t kShortStretch = 1;           // or in L1, where only one block of rows meets them
 
@@ -49,7 +50,7 @@ struct TileProduct {
   explicit TileProduct(const LinearArgs& a)
       : args(a), layout(a), width(a.geglu ? a.columns / 2 : a.columns), chunks(layout.depth / 16) {
     const int64_t threads = num_threads(), fair = round_up((args.rows + 2 * threads - 1) / (2 * threads), kTallRows);
-    const int64_t fitting = std::min(kMostTileRows, kTileRowBytes / std::max<int64_t>(1, layout.depth * kPieces * 4));
+    const int64_t fitting = std::min(kMostTileRows, std::max(kLeastTileRows, kTileRowBytes / std::max<int64_t>(1, layout.depth * kPieces * 4)));
     block = std::min(fair, std::max<int64_t>(1, fitting / kTallRows) * kTallRows);
     const int64_t blocks = (args.rows + block - 1) / block;
     const int64_t wanted = threads == 1 ? 1 : blocks == 1 ? threads : 4 * threads;
