@@ -19,6 +19,7 @@ CONFIG = ARDiffusionConfig(
 def test_real_tokens_come_back_to_their_places():
     packing, x = Packing.of(MASK), torch.randn(4, 5, 3)
     assert packing.pack(x).shape == (9, 3) and torch.equal(packing.pack(x), x[MASK])
+    assert packing.offsets.tolist() == [0, 3, 4, 4, 9]
     assert packing.pad(packing.pack(x)).shape == x.shape and torch.equal(packing.pad(packing.pack(x))[MASK], x[MASK])
 
 
@@ -37,10 +38,13 @@ def test_nothing_is_packed_where_it_does_not_pay(mask):
 def test_a_prepared_network_skips_the_padding_and_says_the_same(changes):
     torch.manual_seed(0)
     model = freeze(ARDiffusion(dataclasses.replace(CONFIG, **changes)).eval())
-    encoded, lengths = model.encode(torch.randint(4, 31, (2, 6))), torch.tensor([7, 2, 1, 4])
+    source = torch.randint(4, 31, (2, 6))
+    source[0, :2] = model.config.pad
+    encoded, lengths = model.encode(source), torch.tensor([7, 2, 1, 4])
     mask = torch.arange(7) < lengths[:, None]
     x, x_self, t = torch.randn(4, 7, 8), torch.randn(4, 7, 8), torch.randint(0, 2000, (4, 7))
     prepared = model.prepare(encoded, mask, lengths, 7)
     assert prepared.packing is not None and prepared.base.shape == (14, 16)
+    assert all(kv.key.shape == (10, 2, 8) and kv.offsets.tolist() == [0, 4, 10] for kv in prepared.memory)
     expected = model.denoise(x, t, encoded, mask, x_self, lengths)
     assert torch.equal(model.denoise(x, t, prepared, mask, x_self, lengths)[mask], expected[mask])
