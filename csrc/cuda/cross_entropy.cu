@@ -145,12 +145,14 @@ __global__ void __launch_bounds__(kTileThreads) cross_entropy_finish_kernel(cons
 
 // --- Backward ---
 
-// samples, and the largest |grad| of the rows that count (1 if all are 0); one block.
-__global__ void __launch_bounds__(kTileThreads) cross_entropy_samples_kernel(const __grid_constant__ CrossEntropyCudaArgs a) {
+// samples, and the largest |grad| of the rows that count (1 if all are 0); one block, as large as there are.
+constexpr int kSampleThreads = 1024;
+__global__ void __launch_bounds__(kSampleThreads)
+cross_entropy_samples_kernel(const __grid_constant__ CrossEntropyCudaArgs a) {
   PDS_SHARED_MEMORY(shared);
   float* of_warps = reinterpret_cast<float*>(shared);
   float largest = 0.f;
-  for (int64_t row = threadIdx.x; row < a.rows; row += kTileThreads) {
+  for (int64_t row = threadIdx.x; row < a.rows; row += kSampleThreads) {
     const float size = fabsf(__ldg(a.grad + row));
     if (target_of(a, row) >= 0 && size < INFINITY) largest = fmaxf(largest, size);
   }
@@ -158,11 +160,11 @@ __global__ void __launch_bounds__(kTileThreads) cross_entropy_samples_kernel(con
   for (int mask = 16; mask > 0; mask /= 2) largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, mask));
   if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = largest;
   __syncthreads();
-  for (int i = 0; i < kTileThreads / 32; ++i) largest = fmaxf(largest, of_warps[i]);
+  for (int i = 0; i < kSampleThreads / 32; ++i) largest = fmaxf(largest, of_warps[i]);
   if (largest == 0.f) largest = 1.f;
   if (threadIdx.x == 0) *a.largest = largest;
   const int64_t padded = (a.rows + kTileRows - 1) / kTileRows * kTileRows;
-  for (int64_t row = threadIdx.x; row < padded; row += kTileThreads) {
+  for (int64_t row = threadIdx.x; row < padded; row += kSampleThreads) {
     const int target = row < a.rows ? target_of(a, row) : -1;
     SampleRow sample{1e30f, 0.f, -1};   // softmax 0
     if (target >= 0) sample = {a.lse[row], a.grad[row] / largest, target};
@@ -360,7 +362,7 @@ cudaError_t run_gradient(const CrossEntropyCudaArgs& a, const Launch& launch) {
 
 template <typename T, int kChunks>
 cudaError_t run_backward(const CrossEntropyCudaArgs& a, const Launch& launch) {
-  cudaError_t status = start(&cross_entropy_samples_kernel, Grid{1, kTileThreads, kTileThreads / 32 * sizeof(float)}, launch, a);
+  cudaError_t status = start(&cross_entropy_samples_kernel, Grid{1, kSampleThreads, kSampleThreads / 32 * sizeof(float)}, launch, a);
   if (status == cudaSuccess) status = run_gradient<T, true, kChunks>(a, launch);
   if (status == cudaSuccess) status = run_gradient<T, false, kChunks>(a, launch);
   if (status != cudaSuccess || a.grad_bias == nullptr) return status;
