@@ -17,7 +17,9 @@ from pydiffseq.ops import _cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra",
-         "-Werror", "-Wno-unknown-pragmas", "-DPDS_X86=0"]
+         "-Werror", "-Wno-unknown-pragmas", "-DPDS_X86=0",
+         # A vector access that is not aligned ends the process, as it ends a kernel.
+         "-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
 
 
 def sources():
@@ -88,7 +90,7 @@ def load():
 
 @pytest.fixture(scope="session")
 def emulation(load):
-    """The CUDA bindings on emulated kernels; compiling them takes half a minute on one core."""
+    """The CUDA bindings on emulated kernels; compiling them takes one to two minutes on one core."""
     return load("_C_emulation", sources())
 
 

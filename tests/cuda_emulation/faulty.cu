@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kThreads = 64;
 
-enum class Fault { none, no_barrier, no_wait, lanes_apart, barrier_apart, outside, unaligned, behind, too_much };
+enum class Fault { none, no_barrier, no_wait, lanes_apart, barrier_apart, outside, unaligned, behind, too_much, odd_vector };
 
 __global__ void reverse_kernel(const float* from, float* to, Fault fault) {
   PDS_SHARED_MEMORY(shared);
@@ -27,6 +27,7 @@ __global__ void reverse_kernel(const float* from, float* to, Fault fault) {
   if (fault == Fault::barrier_apart && i < 32) __syncthreads_or(1);
   else if (fault != Fault::no_barrier) __syncthreads();
   to[i] = values[kThreads - 1 - i];
+  if (fault == Fault::odd_vector) to[i] += static_cast<float>(__ldg(reinterpret_cast<const uint4*>(from + 1)).x);
   if (fault == Fault::behind) values[kThreads + i] = 0.f;
 }
 

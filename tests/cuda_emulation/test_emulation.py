@@ -1,12 +1,15 @@
 """The emulation notices what it is there to notice: kernels with one mistake each, in faulty.cu."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 HERE = Path(__file__).resolve().parent
-FAULTS = ("none", "no_barrier", "no_wait", "lanes_apart", "barrier_apart", "outside", "unaligned", "behind", "too_much")
+FAULTS = ("none", "no_barrier", "no_wait", "lanes_apart", "barrier_apart", "outside", "unaligned", "behind", "too_much",
+          "odd_vector")
 
 
 @pytest.fixture(scope="module")
@@ -44,3 +47,12 @@ def test_what_a_device_would_punish_is_an_error(faulty, fault, message):
     with pytest.raises(RuntimeError, match=message):
         reverse(faulty, fault)
     assert torch.equal(reverse(faulty, "none"), torch.arange(63.0, -1.0, -1.0))
+
+
+def test_a_vector_that_is_not_aligned_ends_the_process(faulty):
+    code = ("import importlib.util, sys, torch; spec = importlib.util.spec_from_file_location('faulty', sys.argv[1]); "
+            "faulty = importlib.util.module_from_spec(spec); spec.loader.exec_module(faulty); x = torch.zeros(128); "
+            "faulty.reverse(x.data_ptr(), x.data_ptr() + 256, int(sys.argv[2]))")
+    status = [subprocess.run([sys.executable, "-c", code, faulty.__file__, str(FAULTS.index(fault))]).returncode
+              for fault in ("none", "odd_vector")]
+    assert status[0] == 0 and status[1] < 0
