@@ -135,6 +135,12 @@ PDS_INLINE void load_right(const Bf16Pair* from, int64_t row) {
   PDS_TILE_LOAD(7, from + 16, row * 4);
 }
 
+// The same of what the first-level cache need not keep.
+PDS_INLINE void stream_right(const Bf16Pair* from, int64_t row) {
+  asm volatile("tileloaddt1 (%0,%1,1), %%tmm6" ::"r"(from), "r"(row * 4) : "memory");
+  asm volatile("tileloaddt1 (%0,%1,1), %%tmm7" ::"r"(from + 16), "r"(row * 4) : "memory");
+}
+
 // Tiles 0 and 1 (rows 0 to 15), 2 and 3 (the others) += tiles 4 and 5 times tiles 6 and 7.
 PDS_INLINE void multiply_tiles() {
   PDS_TILE_MULTIPLY(0, 4, 6);

@@ -56,14 +56,13 @@ PDS_INLINE float max(vfloat x) {
   return best;
 }
 
-// exp(x) for x <= 0, to 1.5e-7 + 6e-8 |x|; 1 for 0, 0 (or subnormal) below -87.3 and for -inf, NaN for NaN.
-PDS_INLINE vfloat exp_of_nonpositive(vfloat x) {
-  const vfloat y = x * splat(1.44269504f);   // exp(x) = 2^y = 2^floor(y) 2^f
+// 2^x for x <= 0, to 1.5e-7; 1 for 0, 0 (or subnormal) below -125.9 and for -inf, NaN for NaN.
+PDS_INLINE vfloat exp2_of_nonpositive(vfloat x) {   // 2^x = 2^floor(x) 2^f
 #if PDS_WIDTH == 16
-  const vfloat f = (vfloat)_mm512_reduce_ps((__m512)y, _MM_FROUND_TO_NEG_INF);
+  const vfloat f = (vfloat)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);
 #else
   const vfloat magic = splat(12582912.f);    // 1.5 * 2^23: adding it rounds to the nearest integer
-  const vfloat shifted = (y - splat(0.5f)) + magic, f = y - (shifted - magic);
+  const vfloat shifted = (x - splat(0.5f)) + magic, f = x - (shifted - magic);
 #endif
   vfloat p = splat(1.8671300e-3f);   // least largest relative error on [0, 1]
   p = p * f + splat(9.0170307e-3f);
@@ -72,12 +71,17 @@ PDS_INLINE vfloat exp_of_nonpositive(vfloat x) {
   p = p * f + splat(6.9315130e-1f);
   p = p * f + splat(1.f);
 #if PDS_WIDTH == 16
-  return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)y);
+  return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)x);
 #else
   const vfloat scaled = as_float(as_int(p) + (as_int(shifted) << 23));   // magic's low bits shift out
-  return select(x < splat(-87.3f), vfloat{}, scaled);
+  return select(x < splat(-125.9f), vfloat{}, scaled);
 #endif
 }
+
+constexpr float kLog2e = 1.44269504f;
+
+// exp(x) for x <= 0, to 1.5e-7 + 6e-8 |x|; otherwise as exp2_of_nonpositive.
+PDS_INLINE vfloat exp_of_nonpositive(vfloat x) { return exp2_of_nonpositive(x * splat(kLog2e)); }
 
 // bfloat16 <-> float32, round to nearest even; NaN stays NaN.
 typedef uint16_t vbf16 __attribute__((vector_size(PDS_WIDTH * 2)));

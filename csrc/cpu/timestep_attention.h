@@ -164,7 +164,8 @@ PDS_INLINE void gather_row(const Sizes& s, const T* row, const T* turned_by, flo
   }
 }
 
-inline void select_keys(const TimestepAttentionArgs& a, int64_t b, Keys& keys) {
+template <typename AnyKeys>
+void select_keys(const TimestepAttentionArgs& a, int64_t b, AnyKeys& keys) {
   keys.count = keys.gathered = 0;
   for (int64_t j = 0; j < a.keys; ++j)
     if (!a.key_mask || a.key_mask[b * a.keys + j]) keys.index[keys.count++] = static_cast<int32_t>(j);
@@ -273,6 +274,18 @@ class DropoutLanes {
     const vuint bits = (key & 1) ? word >> 16 : word & 0xFFFFu;
     return bits >= threshold_;
   }
+#if PDS_WIDTH == 16
+  // The bits of 8 keys (the first is a multiple of 8) and all 16 queries, whose rows are `row` apart.
+  void write_bits(int64_t key, int64_t row, uint16_t* to) {
+    draw(key / 8);
+    alignas(64) uint32_t words[4][kWidth];
+    for (int i = 0; i < 4; ++i) std::memcpy(words[i], &words_[i], sizeof(words_[i]));
+    for (int q = 0; q < kWidth; ++q)
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + q * row),
+                       _mm_setr_epi32(static_cast<int>(words[0][q]), static_cast<int>(words[1][q]),
+                                      static_cast<int>(words[2][q]), static_cast<int>(words[3][q])));
+  }
+#endif
 
  private:
   PDS_INLINE void draw(int64_t group) {

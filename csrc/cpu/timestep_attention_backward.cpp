@@ -1,7 +1,7 @@
 // Backward of timestep attention. With P the probabilities, R the dropout factors (0 or 1 / survival) and dO given:
 //   dV = (R P)^T dO      dP = R (dO V^T)      dS = scale P (dP - sum_j P dP)      dQ = dS (K + tau)      dK' = dS^T Q
 //   c_j = sum_i dS_ij    dk_j = dK'_j + c_j u    dtau_j = dK'_j + c_j w    du = sum_j c_j k_j    dw = sum_j c_j tau_j
-// P is recomputed from the scores and the saved log-sum-exp. In the rotary form q, k and v are the turned ones, and their
+// P is recomputed from the scores and the saved log-sum-exp, and divided by its sums, as forward may round scores otherwise. In the rotary form q, k and v are the turned ones, and their
 // gradients are turned back as they are written.
 #include <limits>
 
@@ -42,19 +42,20 @@ struct Workspace {
   }
 };
 
-// scores in ws.probabilities -> P and R P; dO V^T in ws.grad_scores -> dS; adds dS to the lanes of ws.key_sums.
+// scores in ws.probabilities -> P and R P, undivided; dO V^T in ws.grad_scores -> dS; adds dS to the lanes of ws.key_sums.
+// Log-sum-exps -> what P is still to be multiplied with.
 template <bool kDropout>
-void softmax_backward(const TimestepAttentionArgs& a, Workspace& ws, int64_t lanes, int64_t head, int64_t i0,
-                      const float* lse) {
-  const vfloat factor = splat(kDropout ? survivor_factor(a) : 1.f), scale = splat(a.scale);
+void softmax_backward(const TimestepAttentionArgs& a, Workspace& ws, int64_t lanes, int64_t head, int64_t i0, float* lse) {
+  const vfloat factor = splat(kDropout ? survivor_factor(a) : 1.f);
   for (int64_t l = 0; l < lanes; l += kWidth) {
     const vfloat row_lse = load(lse + l);
-    vfloat delta{};
+    vfloat delta{}, total{};
     DropoutLanes dropout(a, head, i0 + l);
     for (int64_t j = 0; j < ws.keys.count; ++j) {
       const int64_t at = j * lanes + l;
       const vfloat p = exp_of_nonpositive(load(ws.probabilities + at) - row_lse);
       store(ws.probabilities + at, p);
+      total += p;
       vfloat survived = p;
       if (kDropout) {
         survived = select(dropout.keep(ws.keys.index[j]), factor * p, vfloat{});
@@ -64,6 +65,9 @@ void softmax_backward(const TimestepAttentionArgs& a, Workspace& ws, int64_t lan
       delta += product;
       store(ws.grad_scores + at, product);
     }
+    const vfloat inverse = select(total == vfloat{}, vfloat{}, splat(1.f) / total), scale = splat(a.scale) * inverse;
+    delta *= inverse;
+    store(lse + l, inverse);
     for (int64_t j = 0; j < ws.keys.count; ++j) {
       const int64_t at = j * lanes + l;
       const vfloat grad = scale * (load(ws.grad_scores + at) - load(ws.probabilities + at) * delta);
@@ -124,7 +128,7 @@ void differentiate_block(const TimestepAttentionArgs& a, const Sizes& s, Workspa
   transpose(ws.rows, lanes, s.padded, a.scale, ws.columns);
   gather_rows<T>(a, s, a.grad_out, false, b, h, i0, n, lanes, ws.grad_rows);
   transpose(ws.grad_rows, lanes, s.padded, 1.f, ws.grad_columns);
-  alignas(64) float lse[kQueryBlock];
+  alignas(64) float lse[kQueryBlock];   // later 1 / sum
   std::fill_n(lse, kQueryBlock, std::numeric_limits<float>::infinity());   // probability 0 in the padding lanes
   std::copy_n(a.lse + (b * a.heads + h) * a.queries + i0, n, lse);
 
@@ -134,6 +138,9 @@ void differentiate_block(const TimestepAttentionArgs& a, const Sizes& s, Workspa
                   ws.grad_scores, ws.ahead);
   const auto run = a.drop_threshold ? &softmax_backward<true> : &softmax_backward<false>;
   run(a, ws, lanes, b * a.heads + h, i0, lse);
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t d = i * s.padded; d < (i + 1) * s.padded; d += kWidth)
+      store(ws.grad_rows + d, splat(lse[i]) * load(ws.grad_rows + d));
   const TileShape to_keys{n, lanes, s.padded, s.padded, accumulate};
   multiply<false>(count, s.padded, to_keys, ws.dropped, ws.grad_rows, ws.grad_value, ws.ahead);
   multiply<false>(count, s.padded, to_keys, ws.grad_scores, ws.rows, ws.grad_key, ws.ahead);

@@ -93,16 +93,16 @@ void write_rows(const TimestepAttentionArgs& a, const Sizes& s, int64_t b, int64
   }
 }
 
-// What the block of queries after this one reads and writes; where it is the next head's, `keys` keys of that as well.
+// What the block of queries after this one reads and writes; where it is the next head's, the first keys of that as well.
 template <typename T>
-void plan_fetches(const TimestepAttentionArgs& a, Prefetch& ahead, int64_t b, int64_t h, int64_t i0, int64_t keys) {
+void plan_fetches(const TimestepAttentionArgs& a, Prefetch& ahead, int64_t b, int64_t h, int64_t i0) {
   ahead.clear();
   i0 += kQueryBlock;
   if (i0 >= a.queries) {
     if (++h == a.heads) h = 0, ++b;
     if (b == a.batch) return;
     i0 = 0;
-    fetch_keys<T>(ahead, a, b, h, 0, keys);
+    fetch_keys<T>(ahead, a, b, h, 0, std::min(kKeyBlock, a.keys));
   }
   const int64_t n = std::min(kQueryBlock, a.queries - i0);
   fetch_rows<T>(ahead, a.q, b, h, i0, n, a.dim);
@@ -134,7 +134,7 @@ void attend_block(const TimestepAttentionArgs& a, const Sizes& s, Workspace& ws,
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t j0 = keys.count * block / blocks, j1 = keys.count * (block + 1) / blocks, count = j1 - j0;
     gather_keys<T>(a, s, b, h, j1, keys);
-    if (block + 1 == blocks) plan_fetches<T>(a, ws.ahead, b, h, i0, std::min(kKeyBlock, a.keys));
+    if (block + 1 == blocks) plan_fetches<T>(a, ws.ahead, b, h, i0);
     else plan_key_fetches<T>(a, ws.ahead, keys, b, h, keys.count * (block + 2) / blocks);
     multiply<false>(count, lanes, {s.dim, s.padded, lanes, lanes, false, s.bias ? keys.bias + j0 : nullptr},
                     keys.sum + j0 * s.padded, ws.columns, ws.scores, ws.ahead);
@@ -153,7 +153,9 @@ class FloatForward {
  public:
   explicit FloatForward(const TimestepAttentionArgs& args) : a(args), s(args), ws(args, s) {}
   void begin(int64_t b, int64_t) { select_keys(a, b, ws.keys); }
-  void attend(int64_t b, int64_t h, int64_t i0) { attend_block<T>(a, s, ws, b, h, i0); }
+  void attend(int64_t b, int64_t h, int64_t begin, int64_t end) {
+    for (int64_t i0 = begin; i0 < end; i0 += kQueryBlock) attend_block<T>(a, s, ws, b, h, i0);
+  }
 
  private:
   const TimestepAttentionArgs& a;
@@ -162,25 +164,24 @@ class FloatForward {
 };
 
 #if PDS_AMX
-// The heads of bfloat16: those with few keys on float products.
+// The heads of `T`: those with few keys on float products, which pad nothing. Which one a head takes depends on its own
+// keys alone, so that a sentence comes out the same in any batch.
+template <typename T>
 class AmxForward {
  public:
   explicit AmxForward(const TimestepAttentionArgs& args) : a(args), few(args), many(args) {}
   void begin(int64_t b, int64_t h) {
-    pairs = use_pairs(count_keys(a, b));
+    pairs = a.scale > 0 && count_keys(a, b) >= PairForm<T>::kFewestKeys;
     pairs ? many.gather(b, h) : few.begin(b, h);
   }
-  void attend(int64_t b, int64_t h, int64_t i0) {
-    if (!pairs) return few.attend(b, h, i0);
-    plan_fetches<uint16_t>(a, ahead, b, h, i0, a.keys);
-    many.attend(b, h, i0, ahead);
+  void attend(int64_t b, int64_t h, int64_t begin, int64_t end) {
+    pairs ? many.attend(b, h, begin, end) : few.attend(b, h, begin, end);
   }
 
  private:
   const TimestepAttentionArgs& a;
-  FloatForward<uint16_t> few;
-  PairForward many;
-  Prefetch ahead;
+  FloatForward<T> few;
+  PairForward<T> many;
   bool pairs = false;
 };
 #endif
@@ -194,8 +195,8 @@ void forward(const TimestepAttentionArgs& a) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t head = task / parts, part = task % parts, b = head / a.heads, h = head % a.heads;
       if (task == begin || part == 0) kernel.begin(b, h);
-      for (int64_t block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block)
-        kernel.attend(b, h, block * kQueryBlock);
+      kernel.attend(b, h, blocks * part / parts * kQueryBlock,
+                    std::min(blocks * (part + 1) / parts * kQueryBlock, a.queries));
     }
   });
 }
@@ -203,11 +204,10 @@ void forward(const TimestepAttentionArgs& a) {
 }  // namespace
 
 void timestep_attention_forward(const TimestepAttentionArgs& args) {
-  if (!args.bf16) return forward<FloatForward<float>>(args);
 #if PDS_AMX
-  if (active_isa() == Isa::amx) return forward<AmxForward>(args);
+  if (active_isa() == Isa::amx) return args.bf16 ? forward<AmxForward<uint16_t>>(args) : forward<AmxForward<float>>(args);
 #endif
-  forward<FloatForward<uint16_t>>(args);
+  args.bf16 ? forward<FloatForward<uint16_t>>(args) : forward<FloatForward<float>>(args);
 }
 
 }  // namespace PDS_ISA

@@ -1,126 +1,256 @@
-// Forward of timestep attention in bfloat16 for heads with more than a few keys: see timestep_attention_pairs.h.
-// With P the probabilities of the dropout's survivors, out^T = V^T P^T: the values are transposed once per head.
+// Forward of timestep attention on AMX tiles: see timestep_attention_pairs.h.
+//
+// A strip of 32 queries passes over the keys in blocks of 64, whose scores and probabilities stay in the first-level cache.
+// Fetching rows ahead does not pay here: gathering them is quick, and the tiles leave little time to hide it in.
 #pragma once
-#include <limits>
-
 #include "cpu/timestep_attention_pairs.h"
 
 #if PDS_AMX
 namespace pds {
 namespace PDS_ISA {
 
-constexpr int64_t kLinesPerPair = 6;   // fetched ahead while the softmax handles a pair of keys: enough at every length
+constexpr int64_t kBlockPanels = 2;   // panels of keys whose scores and probabilities are handled at a time
+constexpr float kSlack = 8.f;         // exponents may be as large before the reference is raised
 
+// Natural logarithm of positive finite numbers, to about 2 ulp; NaN for NaN.
+PDS_INLINE vfloat log_of_positive(vfloat x) {
+  const __m512 mantissa = _mm512_maskz_getmant_ps(0xFFFF, (__m512)x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src);
+  const vfloat exponent = (vfloat)_mm512_maskz_getexp_ps(0xFFFF, _mm512_div_ps((__m512)x, mantissa));
+  const vfloat m = (vfloat)mantissa, s = (m - splat(1.f)) / (m + splat(1.f)), square = s * s;
+  vfloat p = splat(1.f / 9);
+  p = p * square + splat(1.f / 7);
+  p = p * square + splat(1.f / 5);
+  p = p * square + splat(1.f / 3);
+  p = p * square + splat(1.f);
+  return exponent * splat(0.693147181f) + splat(2.f) * s * p;
+}
+
+inline int64_t count_keys(const TimestepAttentionArgs& a, int64_t b) {
+  if (!a.key_mask) return a.keys;
+  const uint8_t* mask = a.key_mask + b * a.keys;
+  return a.keys - std::count(mask, mask + a.keys, uint8_t{0});
+}
+
+template <typename T>
 class PairForward {
+  using Form = PairForm<T>;
+
  public:
-  explicit PairForward(const TimestepAttentionArgs& args) : a(args), s(args) {
+  explicit PairForward(const TimestepAttentionArgs& args)
+      : a(args), padded(round_up(a.dim, kChunk)), blocks(padded / kChunk), key_blocks(Form::key_features(a) * blocks),
+        bits_row(a.drop_threshold ? round_up(a.keys, 8) : 0), factor(kLog2e * a.scale) {
     static thread_local Scratch scratch;
-    const int64_t block = round_up(std::min(kQueryBlock, a.queries), kPanel);
-    const int64_t keys_most = round_up(a.keys, AmxEngine::kRows);
-    const int64_t pairs_most = round_up(a.keys, 2 * kPairStep) / 2;
-    scratch.reserve(keys_most * (2 + s.score_depth + block) + pairs_most * (s.value_rows + 2 * s.depth + block) + block *
-                    (s.depth + s.score_depth + s.value_rows) + 256);
-    keys.index = reinterpret_cast<int32_t*>(scratch.take(a.keys));
-    keys.bias = scratch.take(a.keys);
-    keys.rows = take_pairs(scratch, keys_most * s.score_depth);
-    scores = scratch.take(keys_most * block);
-    values = take_pairs(scratch, pairs_most * s.value_rows);
-    value_pairs = take_pairs(scratch, pairs_most * 2 * s.depth);
-    probabilities = take_pairs(scratch, pairs_most * block);
-    rows = take_pairs(scratch, block * s.depth);
-    columns = take_pairs(scratch, block * s.score_depth);
-    out = scratch.take(block * s.value_rows);
+    const int64_t most = round_up(a.keys, kPanel), panels = most / kPanel;
+    scratch.reserve(2 * most + panels * (key_blocks + blocks) * Form::kBlock + kWidth * padded +
+                    (blocks + kBlockPanels) * (Form::kBlock + kStrip * kPanel) + kStrip * (2 * kWidth + 1 + bits_row / 2) + 512);
+    keys.index = reinterpret_cast<int32_t*>(scratch.take(most));
+    keys.bias = scratch.take(most);
+    keys.panels = take_pairs(scratch, panels * key_blocks * Form::kBlock);
+    keys.values = take_pairs(scratch, panels * blocks * Form::kBlock);
+    rows = scratch.take(kWidth * padded);
+    queries = take_pairs(scratch, blocks * Form::kBlock);
+    scores = scratch.take(kBlockPanels * kStrip * kPanel);
+    probabilities = take_pairs(scratch, kBlockPanels * Form::kBlock);
+    out = scratch.take(blocks * kStrip * kPanel);
+    total = scratch.take(kStrip * kWidth);
+    largest = scratch.take(kStrip * kWidth);
+    reference = scratch.take(kStrip);
+    bits = reinterpret_cast<uint16_t*>(scratch.take(kStrip * bits_row / 2 + 1));
   }
 
+  // Packs the keys and values of a head.
   void gather(int64_t b, int64_t h) {
-    gather_key_rows(a, s, b, h, keys);
-    gather_values(b, h);
+    select_keys(a, b, keys);
+    panels = round_up(keys.count, kPanel) / kPanel;
+    std::fill_n(keys.index + keys.count, panels * kPanel - keys.count, 0);
+    for (int64_t p = 0; p < panels; ++p) {
+      for (int64_t i = 0; i < kPanel; i += kWidth) gather_keys(b, h, p, i);
+      gather_values(b, h, p);
+    }
   }
 
-  void attend(int64_t b, int64_t h, int64_t i0, Prefetch& ahead) {
-    const int64_t n = std::min(kQueryBlock, a.queries - i0), lanes = round_up(n, kPanel), head = b * a.heads + h;
-    gather_queries(a, s.depth, b, h, i0, n, lanes, rows);
-    transpose_queries(s, rows, lanes, columns);
-    for (int64_t j = 0; j < keys.count; j += AmxEngine::kRows)
-      AmxEngine::product(s.score_depth, lanes / kPanel, {keys.rows + j * s.score_depth, s.score_depth, 1}, columns, kPanel,
-                         lanes, {nullptr, 0}, scores + j * lanes, lanes);
-    alignas(64) float inverse[kQueryBlock];
-    for (int64_t l = 0; l < lanes; l += kWidth) {
-      const auto run = a.drop_threshold ? &PairForward::softmax<true> : &PairForward::softmax<false>;
-      const vfloat lse = (this->*run)(head, i0 + l, lanes, l, inverse + l, ahead);
-      if (n > l) store_part(a.lse + head * a.queries + i0 + l, lse, static_cast<int>(std::min<int64_t>(kWidth, n - l)));
+  void attend(int64_t b, int64_t h, int64_t begin, int64_t end) {
+    const auto exponentiate = a.drop_threshold ? &PairForward::exponentiate<true> : &PairForward::exponentiate<false>;
+    for (int64_t i0 = begin; i0 < end; i0 += kStrip) {
+      const int64_t n = std::min(kStrip, end - i0);
+      start_strip(b, h, i0, n);
+      if (a.drop_threshold) draw_bits(b * a.heads + h, i0, n);
+      for (int64_t p = 0; p < panels; p += kBlockPanels) {
+        const Block block{p, std::min(kBlockPanels, panels - p), n};
+        multiply_keys(block);
+        set_reference(block);
+        (this->*exponentiate)(block);
+        multiply_values(block);
+      }
+      finish_strip(b, h, i0, n);
     }
-    for (int64_t d = 0; d < s.value_rows; d += AmxEngine::kRows)
-      AmxEngine::product(keys.depth, lanes / kPanel, {values + d * keys.depth, keys.depth, 1}, probabilities, kPanel,
-                         lanes, {nullptr, 0}, out + d * lanes, lanes);
-    write_rows(b, h, i0, n, lanes, inverse);
   }
 
  private:
-  // values[d][p] holds features d of the keys 2p and 2p + 1, zero where there is none.
-  void gather_values(int64_t b, int64_t h) {
-    const int64_t padded = 2 * s.depth;
-    for (int64_t p = 0; p < keys.depth; ++p) {
-      for (int64_t d = 0; d < padded; d += 32) {
-        __m512i pair[2];
-        for (int i = 0; i < 2; ++i) {
-          const int64_t at = 2 * p + i;
-          pair[i] = at < keys.count ? read_value(b, h, keys.index[at], d) : _mm512_setzero_si512();
-        }
-        store_pairs(value_pairs + p * padded + d, zip(pair[0], pair[1], false));
-        store_pairs(value_pairs + p * padded + d + 16, zip(pair[0], pair[1], true));
-      }
+  // Up to 64 keys and 32 queries.
+  struct Block {
+    int64_t first, panels, n;   // panels of keys, number of queries
+  };
+
+  Row<T> row(const HeadTensor& t, int64_t b, int64_t i, int64_t h) const {
+    return {row_of<T>(t, b, i, h), a.rotary ? tau_row<T>(a, b, i, h) : nullptr};
+  }
+
+  // ---- keys and values ----
+
+  // Keys i .. i+15 of panel p.
+  void gather_keys(int64_t b, int64_t h, int64_t p, int64_t i) {
+    const T *u = head_row<T>(a.u, h, a.dim), *w = head_row<T>(a.w, h, a.dim);
+    alignas(64) float terms[kWidth * kWidth];
+    const int64_t at = p * kPanel + i, count = std::clamp<int64_t>(keys.count - at, 0, kWidth);
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t j = keys.index[at + r];
+      const T* tau = a.tau.data && !a.rotary ? tau_row<T>(a, b, j, h) : nullptr;
+      store(terms + r * kWidth, Form::gather_key(row(a.k, b, j, h), tau, u, w, a.dim, padded, rows + r * padded));
     }
-    transpose_units(value_pairs, keys.depth, padded, keys.depth, values);
+    std::fill_n(rows + count * padded, (kWidth - count) * padded, 0.f);
+    std::fill_n(terms + count * kWidth, (kWidth - count) * kWidth, -std::numeric_limits<float>::infinity());
+    store(keys.bias + at, fold_rows(terms, add));
+    Form::pack_keys(rows, padded, Form::key_features(a), keys.panels + p * key_blocks * Form::kBlock + i);
   }
 
-  __m512i read_value(int64_t b, int64_t h, int64_t j, int64_t d) const {
-    return read_features(row_of<uint16_t>(a.v, b, j, h), a.dim, d, a.rotary ? tau_row<uint16_t>(a, b, j, h) : nullptr);
+  void gather_values(int64_t b, int64_t h, int64_t p) {
+    Row<T> from[kPanel] = {};
+    for (int64_t i = 0; i < std::min<int64_t>(kPanel, keys.count - p * kPanel); ++i)
+      from[i] = row(a.v, b, keys.index[p * kPanel + i], h);
+    Form::pack_values(from, a.dim, padded, keys.values + p * blocks * Form::kBlock);
   }
 
-  // Of kWidth queries from column l on: scores -> exp(score - largest), dropped ones 0, in pairs of keys; 1 / sum (times the
-  // survivors' factor). Returns the log-sum-exp.
+  // ---- queries ----
+
+  void start_strip(int64_t b, int64_t h, int64_t i0, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) Form::pack_query(row(a.q, b, i0 + i, h), a.dim, padded, i, queries);
+    std::fill_n(total, kStrip * kWidth, 0.f);
+  }
+
+  void multiply_keys(const Block& block) {
+    for (int64_t p = 0; p < block.panels; ++p) {
+      const Bf16Pair* right = keys.panels + (block.first + p) * key_blocks * Form::kBlock;
+      load_tiles(keys.bias + (block.first + p) * kPanel, 0);
+      for (int64_t k = 0; k < key_blocks; ++k, right += Form::kBlock)
+        Form::multiply(queries + k % blocks * Form::kBlock, right);
+      store_tiles(scores + p * kStrip * kPanel, kPanel);
+    }
+  }
+
+  void multiply_values(const Block& block) {
+    for (int64_t d = 0; d < blocks; ++d) {
+      float* sums = out + d * kStrip * kPanel;
+      block.first ? load_tiles(sums, kPanel) : clear_tiles();
+      for (int64_t p = 0; p < block.panels; ++p)
+        Form::multiply(probabilities + p * Form::kBlock, keys.values + ((block.first + p) * blocks + d) * Form::kBlock);
+      store_tiles(sums, kPanel);
+    }
+  }
+
+  PDS_INLINE const float* score(int64_t i, int64_t p) const { return scores + (p * kStrip + i) * kPanel; }
+
+  // Takes the first block's largest scores as the reference. Later scores seldom pass it by so much that exponents could
+  // grow large, and only then are the largest looked for.
+  void set_reference(const Block& block) {
+    const float slack = kSlack / factor;
+    vint passed{};
+    for (int64_t i = 0; i < block.n; ++i) {
+      vfloat most = vmax(load(score(i, 0)), load(score(i, 0) + kWidth));
+      for (int64_t p = 1; p < block.panels; ++p) most = vmax(most, vmax(load(score(i, p)), load(score(i, p) + kWidth)));
+      store(largest + i * kWidth, most);
+      passed |= most > splat(reference[i] + slack);
+    }
+    if (block.first > 0 && _mm512_test_epi32_mask((__m512i)passed, (__m512i)passed) == 0) return;
+    for (int64_t l = 0; l < block.n; l += kWidth) {
+      const vfloat top = fold_rows(largest + l * kWidth, vmax);
+      if (block.first == 0) store(reference + l, top);
+      else
+        for (int64_t i = l; i < std::min(l + kWidth, block.n); ++i)
+          if (top[i - l] > reference[i] + slack) raise_reference(i, top[i - l]);
+    }
+  }
+
+  void raise_reference(int64_t i, float to) {
+    const vfloat shrink = Form::exp2(splat(factor * (reference[i] - to)));
+    store(total + i * kWidth, shrink * load(total + i * kWidth));
+    for (int64_t d = 0; d < padded; d += kWidth) store(sum(i, d), shrink * load(sum(i, d)));
+    reference[i] = to;
+  }
+
+  // Scores -> exp(scale * (score - reference)), dropped ones 0, as units.
   template <bool kDropout>
-  vfloat softmax(int64_t head, int64_t query, int64_t lanes, int64_t l, float* inverse, Prefetch& ahead) {
-    const float* column = scores + l;
-    const vfloat scale = splat(kLog2e * a.scale);
-    const auto score = [&](int64_t j) { return scale * load(column + j * lanes) + splat(keys.bias[j]); };
-    vfloat even = score(keys.count - 1), odd = even;   // two chains of maxima, for their latency
-    for (int64_t j = 0; j + 1 < keys.count; j += 2) even = vmax(even, score(j)), odd = vmax(odd, score(j + 1));
-    const vfloat top = vmax(even, odd);
-    DropoutLanes dropout(a, head, query);
-    vfloat total[2] = {};
-    for (int64_t j = 0; j < 2 * keys.depth; j += 2) {
-      vfloat p[2] = {};
-      for (int i = 0; i < 2 && j + i < keys.count; ++i) {
-        p[i] = rough_exp2_of_nonpositive(scale * load(column + (j + i) * lanes) + (splat(keys.bias[j + i]) - top));
-        total[i] += p[i];
-        if (kDropout) p[i] = select(dropout.keep(keys.index[j + i]), p[i], vfloat{});
+  void exponentiate(const Block& block) {
+    for (int64_t i = 0; i < block.n; ++i) {
+      const vfloat offset = splat(-factor * reference[i]);
+      vfloat sum = load(total + i * kWidth);
+      for (int64_t p = 0; p < block.panels; ++p) {
+        vfloat x[2];
+        for (int half = 0; half < 2; ++half) {
+          x[half] = Form::exp2(splat(factor) * load(score(i, p) + half * kWidth) + offset);
+          sum += x[half];
+          if (kDropout) x[half] = select(kept(i, (block.first + p) * kPanel + half * kWidth), x[half], vfloat{});
+        }
+        Form::put_probabilities(x[0], x[1], probabilities + p * Form::kBlock + i * kWidth);
       }
-      ahead.fetch(kLinesPerPair);
-      store_pairs(probabilities + j / 2 * lanes + l, round_and_zip(p[0], p[1]));
+      store(total + i * kWidth, sum);
     }
-    const vfloat sum = total[0] + total[1];
-    store(inverse, splat(kDropout ? survivor_factor(a) : 1.f) / sum);
-    return top * splat(1.f / kLog2e) + log_of_positive(sum);
   }
 
-  void write_rows(int64_t b, int64_t h, int64_t i0, int64_t n, int64_t lanes, const float* inverse) {
-    uint16_t* to = static_cast<uint16_t*>(a.out) + ((b * a.queries + i0) * a.heads + h) * a.dim;
-    for (int64_t i = 0; i < n; i += 4)
-      for (int64_t d = 0; d < a.dim; d += kWidth) {
-        vfloat quad[4];
-        transpose_quad(out + d * lanes + i, lanes, quad);
-        for (int64_t c = 0; c < std::min<int64_t>(4, n - i); ++c)
-          write_rounded(to + (i + c) * a.heads * a.dim + d, splat(inverse[i + c]) * quad[c], a.dim - d);
-      }
+  // Whether dropout keeps query i's probabilities of the keys at .. at+15.
+  PDS_INLINE vint kept(int64_t i, int64_t at) const {
+    const __m512i index = _mm512_loadu_si512(keys.index + at);   // two bytes apart, but four are read
+    const vuint drawn = (vuint)_mm512_i32gather_epi32(index, bits + i * bits_row, 2) & 0xFFFFu;
+    return drawn >= vuint{} + a.drop_threshold;
   }
+
+  void draw_bits(int64_t head, int64_t i0, int64_t n) {
+    for (int64_t l = 0; l < n; l += kWidth) {
+      DropoutLanes dropout(a, head, i0 + l);
+      for (int64_t j = 0; j < a.keys; j += 8) dropout.write_bits(j, bits_row, bits + l * bits_row + j);
+    }
+  }
+
+  void finish_strip(int64_t b, int64_t h, int64_t i0, int64_t n) {
+    alignas(64) float inverse[kStrip];
+    float* lse = a.lse + (b * a.heads + h) * a.queries + i0;
+    for (int64_t l = 0; l < n; l += kWidth) {
+      const vfloat sum = fold_rows(total + l * kWidth, add);
+      store(inverse + l, splat(a.drop_threshold ? survivor_factor(a) : 1.f) / sum);
+      store_part(lse + l, splat(a.scale) * load(reference + l) + log_of_positive(sum),
+                 static_cast<int>(std::min<int64_t>(kWidth, n - l)));
+    }
+    T* to = static_cast<T*>(a.out) + ((b * a.queries + i0) * a.heads + h) * a.dim;
+    for (int64_t i = 0; i < n; ++i, to += a.heads * a.dim) {
+      for (int64_t d = 0; d < a.dim; d += kWidth) Form::write(to + d, splat(inverse[i]) * load(sum(i, d)), a.dim - d);
+    }
+  }
+
+  // Where features d .. d+15 of query i's values are summed.
+  float* sum(int64_t i, int64_t d) const { return out + (d / kPanel * kStrip + i) * kPanel + d % kPanel; }
+
+  // The keys that the mask keeps.
+  struct Packed {
+    int64_t count = 0, gathered = 0;
+    int32_t* index;              // [count] position of each
+    float* bias;                 // [panels][32]: per-key term, unscaled; -inf where there is no key
+    Bf16Pair *panels, *values;   // [panels][blocks of features], see PairForm
+  };
 
   const TimestepAttentionArgs& a;
-  const PairSizes s;
-  PairKeys keys;
-  float *scores, *out;
-  Bf16Pair *values, *value_pairs, *probabilities, *rows, *columns;
+  const int64_t padded, blocks, key_blocks;   // features, in blocks of 32, and those of a key
+  const int64_t bits_row;
+  const float factor;        // of scores: exponents are powers of two
+  int64_t panels = 0;
+  Packed keys;
+  float* rows;               // [16][padded]
+  Bf16Pair* queries;         // [blocks]
+  float* scores;             // [panels of a block][32][32]
+  Bf16Pair* probabilities;   // [panels of a block]
+  float* out;                // [blocks][32][32]: values times probabilities so far
+  float *total, *largest;    // [32][16]: of the probabilities and of the scores, spread over the lanes
+  float* reference;          // [32]: what the exponents are relative to
+  uint16_t* bits;            // [32][bits_row]: dropout's, by position of the key
   [[maybe_unused]] const AmxEngine::Session session{};
 };
 

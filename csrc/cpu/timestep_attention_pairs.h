@@ -1,31 +1,111 @@
-// Timestep attention in bfloat16 on AMX tiles, which multiply pairs (gemm.h). Without AMX the float kernels are faster.
+// What forward of timestep attention packs for AMX tiles, which multiply pairs of bfloat16 (gemm.h).
 //
-// As in timestep_attention.h scores are [key][query]. The keys' features and the time's lie side by side in a row, and the
-// transposed queries twice, one below the other, so that q . k + q . tau is one product of unrounded operands with float32
-// sums. The per-key term stays float32 and is added to the scores.
+// Here scores are [query][key]: sums come out of the tiles with queries as rows, probabilities go back as they are
+// computed, and only keys are transposed. Operands lie in blocks of 16 units of 32 queries, keys or features:
+// * bfloat16: a unit is a pair of neighbours. The keys' features and the time's lie one after the other, and the queries
+//   meet both, so that q . k + q . tau is one product of unrounded operands.
+// * float: three parts of each block (bf16_parts.h), whose units are 16 elements apart.
 #pragma once
-#include "cpu/gemm.h"
+#include <limits>
+
+#include "cpu/bf16_parts.h"
 #include "cpu/timestep_attention.h"
 
 #if PDS_AMX
 namespace pds {
 namespace PDS_ISA {
 
-constexpr float kLog2e = 1.44269504f;
-constexpr int64_t kPairStep = 16;        // units of depth that an AMX tile takes at a time
-constexpr int64_t kFewestPairKeys = 17;  // heads with fewer keys take the float kernels, which pad nothing
-
-// Which kernel a head takes depends on its own keys alone: a sentence comes out the same in any batch.
-inline bool use_pairs(int64_t keys) { return keys >= kFewestPairKeys; }
+constexpr int64_t kStrip = AmxEngine::kRows;   // queries that pass over the keys together
+static_assert(kStrip == kChunk && kPanel == kChunk && 2 * kWidth == kChunk);
 
 inline Bf16Pair* take_pairs(Scratch& scratch, int64_t units) { return reinterpret_cast<Bf16Pair*>(scratch.take(units)); }
+
+// out[i] = the sum (or largest) of the lanes of row i of 16 rows of 16.
+template <typename Combine>
+PDS_INLINE vfloat fold_rows(const float* rows, Combine combine) {
+  vfloat all[4], four[4];
+  for (int q = 0; q < 4; ++q) {
+    transpose_quad(rows + 4 * q, kWidth, four);
+    all[q] = combine(combine(four[0], four[1]), combine(four[2], four[3]));
+  }
+  return combine(combine(all[0], all[1]), combine(all[2], all[3]));
+}
+PDS_INLINE vfloat add(vfloat a, vfloat b) { return a + b; }
+
+// Where the features of a key or query come from; tau is there only if it turns the row.
+template <typename T>
+struct Row {
+  const T *features, *tau;
+};
+
+template <typename T>
+struct PairForm;
+
+template <>
+struct PairForm<float> {
+  static constexpr int64_t kFewestKeys = 65;   // below that splitting costs as much as the tiles gain
+  static constexpr int64_t kBlock = kParts * kBlockUnits;
+  static constexpr int key_features(const TimestepAttentionArgs&) { return 1; }
+
+  static PDS_INLINE vfloat exp2(vfloat x) { return exp2_of_nonpositive(x); }
+  static PDS_INLINE void multiply(const Bf16Pair* left, const Bf16Pair* right) { multiply_parts(left, right, [] {}); }
+  static PDS_INLINE void write(float* p, vfloat x, int64_t left) { pds::PDS_ISA::write(p, x, left); }
+
+  // Features d .. d+15.
+  static PDS_INLINE vfloat get(Row<float> row, int64_t dim, int64_t d) {
+    if (row.features == nullptr) return vfloat{};
+    const vfloat x = read(row.features + d, dim - d);
+    return row.tau ? turn(row.tau, dim, d, x) : x;
+  }
+
+  // Row i of 32.
+  static PDS_INLINE void pack_query(Row<float> row, int64_t dim, int64_t padded, int64_t i, Bf16Pair* out) {
+    for (int64_t d = 0; d < padded; d += kChunk, out += kBlock)
+      split_parts(get(row, dim, d), get(row, dim, d + kWidth), out + i * kWidth);
+  }
+
+  // Writes k + tau, or the turned k. Returns the per-key term, spread over the lanes.
+  static PDS_INLINE vfloat gather_key(Row<float> k, const float* tau, const float* u, const float* w, int64_t dim,
+                                      int64_t padded, float* out) {
+    vfloat sum{};
+    for (int64_t d = 0; d < padded; d += kWidth) {
+      vfloat x = get(k, dim, d);
+      if (u) sum += x * read(u + d, dim - d);
+      if (tau) {
+        const vfloat time = read(tau + d, dim - d);
+        if (w) sum += time * read(w + d, dim - d);
+        x += time;
+      }
+      store(out + d, x);
+    }
+    return sum;
+  }
+  // 16 such rows -> half of the columns of [blocks][16][32].
+  static void pack_keys(const float* rows, int64_t padded, int, Bf16Pair* out) {
+    for (int64_t d = 0; d < padded; d += kChunk, out += kBlock)
+      for (int64_t k = 0; k < kWidth; k += 4) {
+        vfloat low[4], high[4];
+        transpose_quad(rows + d + k, padded, low);
+        transpose_quad(rows + d + k + kWidth, padded, high);
+        for (int c = 0; c < 4; ++c) split_parts(low[c], high[c], out + (k + c) * kPanel);
+      }
+  }
+
+  // 32 rows -> [blocks][16][32], features by 32.
+  static void pack_values(const Row<float>* rows, int64_t dim, int64_t padded, Bf16Pair* out) {
+    for (int64_t i = 0; i < kWidth; ++i)
+      for (int64_t d = 0; d < padded; d += kWidth)
+        split_parts(get(rows[i], dim, d), get(rows[i + kWidth], dim, d), out + d / kChunk * kBlock + i * kPanel + d % kChunk);
+  }
+
+  static PDS_INLINE void put_probabilities(vfloat low, vfloat high, Bf16Pair* out) { split_parts(low, high, out); }
+};
 
 // Up to 32 elements of a row with `left` elements to go; the rest reads as zero.
 PDS_INLINE __m512i read_pairs(const uint16_t* p, int64_t left) {
   const __mmask32 mask = left >= 32 ? ~__mmask32{0} : (__mmask32{1} << (left < 0 ? 0 : left)) - 1;
   return _mm512_maskz_loadu_epi16(mask, p);
 }
-PDS_INLINE void store_pairs(Bf16Pair* p, __m512i x) { _mm512_storeu_si512(p, x); }
 
 // Element i of two vectors of bfloat16 as one unit, a in the lower half.
 PDS_INLINE __m512i zip(__m512i a, __m512i b, bool high) {
@@ -50,38 +130,6 @@ PDS_INLINE __m512i turn_pairs(const uint16_t* tau, int64_t dim, int64_t d, __m51
   const vfloat x2 = (vfloat)_mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u)));
   return round_and_zip(x1 * c - x2 * s, x2 * c + x1 * s);
 }
-// 32 features of a row from d on; turned by tau, if given.
-PDS_INLINE __m512i read_features(const uint16_t* row, int64_t dim, int64_t d, const uint16_t* tau) {
-  const __m512i x = read_pairs(row + d, dim - d);
-  return tau ? turn_pairs(tau, dim, d, x) : x;
-}
-
-PDS_INLINE void copy_row(const uint16_t* row, int64_t dim, int64_t depth, const uint16_t* turned_by, Bf16Pair* out) {
-  for (int64_t k = 0; k < depth; k += kPairStep) store_pairs(out + k, read_features(row, dim, 2 * k, turned_by));
-}
-
-// sum + a . b, spread over the lanes.
-PDS_INLINE vfloat multiply_rows(vfloat sum, const uint16_t* a, const uint16_t* b, int64_t dim) {
-  for (int64_t d = 0; d < dim; d += 32)
-    sum = (vfloat)_mm512_dpbf16_ps((__m512)sum, (__m512bh)read_pairs(a + d, dim - d), (__m512bh)read_pairs(b + d, dim - d));
-  return sum;
-}
-
-// Writes the first `left` (at most kWidth) elements, rounded.
-PDS_INLINE void write_rounded(uint16_t* p, vfloat x, int64_t left) {
-  const __mmask16 mask = static_cast<__mmask16>(left >= kWidth ? 0xFFFF : (1 << left) - 1);
-  _mm256_mask_storeu_epi16(p, mask, (__m256i)_mm512_cvtneps_pbh((__m512)x));
-}
-
-// columns[k][i] = rows[i][k] of units: `lanes` rows of `depth`, both multiples of 16.
-inline void transpose_units(const Bf16Pair* rows, int64_t lanes, int64_t depth, int64_t column_ld, Bf16Pair* columns) {
-  for (int64_t i = 0; i < lanes; i += kWidth)
-    for (int64_t k = 0; k < depth; k += 4) {
-      vfloat quad[4];
-      transpose_quad(reinterpret_cast<const float*>(rows + i * depth + k), depth, quad);
-      for (int c = 0; c < 4; ++c) store(reinterpret_cast<float*>(columns + (k + c) * column_ld + i), quad[c]);
-    }
-}
 
 // 2^x for x <= 0, to 3e-6, which rounding to bfloat16 hides; 0 for -inf.
 PDS_INLINE vfloat rough_exp2_of_nonpositive(vfloat x) {
@@ -94,77 +142,75 @@ PDS_INLINE vfloat rough_exp2_of_nonpositive(vfloat x) {
   return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)x);
 }
 
-// Natural logarithm of positive finite numbers, to about 2 ulp; NaN for NaN.
-PDS_INLINE vfloat log_of_positive(vfloat x) {
-  const __m512 mantissa = _mm512_maskz_getmant_ps(0xFFFF, (__m512)x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src);
-  const vfloat exponent = (vfloat)_mm512_maskz_getexp_ps(0xFFFF, _mm512_div_ps((__m512)x, mantissa));
-  const vfloat m = (vfloat)mantissa, s = (m - splat(1.f)) / (m + splat(1.f)), square = s * s;
-  vfloat p = splat(1.f / 9);
-  p = p * square + splat(1.f / 7);
-  p = p * square + splat(1.f / 5);
-  p = p * square + splat(1.f / 3);
-  p = p * square + splat(1.f);
-  return exponent * splat(0.693147181f) + splat(2.f) * s * p;
-}
+template <>
+struct PairForm<uint16_t> {
+  static constexpr int64_t kFewestKeys = 17;
+  static constexpr int64_t kBlock = kBlockUnits;
+  static int key_features(const TimestepAttentionArgs& a) { return a.tau.data && !a.rotary ? 2 : 1; }   // k, tau
 
-// Sizes in units. Rows of a left operand are padded to whole tiles.
-struct PairSizes {
-  int64_t depth, score_depth, value_rows;
-
-  explicit PairSizes(const TimestepAttentionArgs& a)
-      : depth(round_up(a.dim, 2 * kPairStep) / 2), score_depth(a.tau.data && !a.rotary ? 2 * depth : depth),
-        value_rows(round_up(2 * depth, AmxEngine::kRows)) {}
-};
-
-// The keys of one head that the mask keeps.
-struct PairKeys {
-  int64_t count = 0, depth = 0;   // depth: pairs of keys, padded
-  int32_t* index;                 // [count] position of each
-  float* bias;                    // [count] per-key term, times log2(e)
-  Bf16Pair* rows;                 // [count][score_depth] k, tau; or the turned k
-};
-
-inline int64_t count_keys(const TimestepAttentionArgs& a, int64_t b) {
-  if (!a.key_mask) return a.keys;
-  const uint8_t* mask = a.key_mask + b * a.keys;
-  return a.keys - std::count(mask, mask + a.keys, uint8_t{0});
-}
-
-inline void gather_key_rows(const TimestepAttentionArgs& a, const PairSizes& s, int64_t b, int64_t h, PairKeys& keys) {
-  const uint16_t *u = head_row<uint16_t>(a.u, h, a.dim), *w = head_row<uint16_t>(a.w, h, a.dim);
-  int64_t at = 0;
-  for (int64_t j = 0; j < a.keys; ++j) {
-    if (a.key_mask && !a.key_mask[b * a.keys + j]) continue;
-    const uint16_t* k = row_of<uint16_t>(a.k, b, j, h);
-    const uint16_t* tau = a.tau.data ? tau_row<uint16_t>(a, b, j, h) : nullptr;
-    Bf16Pair* row = keys.rows + at * s.score_depth;
-    copy_row(k, a.dim, s.depth, a.rotary ? tau : nullptr, row);
-    vfloat dot{};
-    if (u) dot = multiply_rows(dot, k, u, a.dim);
-    if (tau && !a.rotary) {
-      copy_row(tau, a.dim, s.depth, nullptr, row + s.depth);
-      if (w) dot = multiply_rows(dot, tau, w, a.dim);
-    }
-    keys.bias[at] = u || w ? kLog2e * a.scale * add_lanes(dot) : 0.f;
-    keys.index[at++] = static_cast<int32_t>(j);
+  static PDS_INLINE vfloat exp2(vfloat x) { return rough_exp2_of_nonpositive(x); }
+  static PDS_INLINE void multiply(const Bf16Pair* left, const Bf16Pair* right) {
+    load_left(left, kWidth);
+    stream_right(right, kPanel);
+    multiply_tiles();
   }
-  keys.count = at;
-  keys.depth = round_up(at, 2 * kPairStep) / 2;
-}
+  static PDS_INLINE void write(uint16_t* p, vfloat x, int64_t left) {
+    const __mmask16 mask = static_cast<__mmask16>(left >= kWidth ? 0xFFFF : (1 << left) - 1);
+    _mm256_mask_storeu_epi16(p, mask, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+  }
 
-// The queries i0 .. i0+n-1 of one head, [lanes][depth], zero rows from n on.
-inline void gather_queries(const TimestepAttentionArgs& a, int64_t depth, int64_t b, int64_t h, int64_t i0, int64_t n,
-                           int64_t lanes, Bf16Pair* rows) {
-  for (int64_t i = 0; i < n; ++i)
-    copy_row(row_of<uint16_t>(a.q, b, i0 + i, h), a.dim, depth, a.rotary ? tau_row<uint16_t>(a, b, i0 + i, h) : nullptr,
-             rows + i * depth);
-  std::memset(rows + n * depth, 0, (lanes - n) * depth * sizeof(Bf16Pair));
-}
+  // Features d .. d+31.
+  static PDS_INLINE __m512i get(Row<uint16_t> row, int64_t dim, int64_t d) {
+    if (row.features == nullptr) return _mm512_setzero_si512();
+    const __m512i x = read_pairs(row.features + d, dim - d);
+    return row.tau ? turn_pairs(row.tau, dim, d, x) : x;
+  }
 
-// [score_depth][lanes]: the transposed queries, and once more below for the time's features.
-inline void transpose_queries(const PairSizes& s, const Bf16Pair* rows, int64_t lanes, Bf16Pair* columns) {
-  for (int64_t k = 0; k < s.score_depth; k += s.depth) transpose_units(rows, lanes, s.depth, lanes, columns + k * lanes);
-}
+  static PDS_INLINE void pack_query(Row<uint16_t> row, int64_t dim, int64_t padded, int64_t i, Bf16Pair* out) {
+    for (int64_t d = 0; d < padded; d += kChunk, out += kBlock) _mm512_storeu_si512(out + i * kWidth, get(row, dim, d));
+  }
+
+  // sum + a . b, spread over the lanes.
+  static PDS_INLINE vfloat multiply_rows(vfloat sum, const uint16_t* a, const uint16_t* b, int64_t dim) {
+    for (int64_t d = 0; d < dim; d += 32)
+      sum = (vfloat)_mm512_dpbf16_ps((__m512)sum, (__m512bh)read_pairs(a + d, dim - d),
+                                     (__m512bh)read_pairs(b + d, dim - d));
+    return sum;
+  }
+  static PDS_INLINE vfloat gather_key(Row<uint16_t> k, const uint16_t* tau, const uint16_t* u, const uint16_t* w, int64_t dim,
+                                      int64_t padded, float* out) {
+    uint16_t* to = reinterpret_cast<uint16_t*>(out);
+    for (int64_t d = 0; d < padded; d += 32) {
+      _mm512_storeu_si512(to + d, get(k, dim, d));
+      if (tau) _mm512_storeu_si512(to + padded + d, read_pairs(tau + d, dim - d));
+    }
+    vfloat sum{};
+    if (u) sum = multiply_rows(sum, k.features, u, dim);
+    if (tau && w) sum = multiply_rows(sum, tau, w, dim);
+    return sum;
+  }
+  static void pack_keys(const float* rows, int64_t padded, int features, Bf16Pair* out) {
+    for (int64_t k = 0; k < features * padded / 2; k += 4) {
+      vfloat quad[4];
+      transpose_quad(rows + k, padded, quad);
+      for (int c = 0; c < 4; ++c) _mm512_storeu_si512(out + (k + c) * kPanel, (__m512i)quad[c]);
+    }
+  }
+
+  static void pack_values(const Row<uint16_t>* rows, int64_t dim, int64_t padded, Bf16Pair* out) {
+    for (int64_t i = 0; i < kWidth; ++i)
+      for (int64_t d = 0; d < padded; d += kChunk) {
+        const __m512i even = get(rows[2 * i], dim, d), odd = get(rows[2 * i + 1], dim, d);
+        Bf16Pair* to = out + d / kChunk * kBlock + i * kPanel;
+        _mm512_storeu_si512(to, zip(even, odd, false));
+        _mm512_storeu_si512(to + kWidth, zip(even, odd, true));
+      }
+  }
+
+  static PDS_INLINE void put_probabilities(vfloat low, vfloat high, Bf16Pair* out) {
+    _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+  }
+};
 
 }  // namespace PDS_ISA
 }  // namespace pds
