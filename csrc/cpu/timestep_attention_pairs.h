@@ -4,7 +4,8 @@
 // computed, and only keys are transposed. Operands lie in blocks of 16 units of 32 queries, keys or features:
 // * bfloat16: a unit is a pair of neighbours. The keys' features and the time's lie one after the other, and the queries
 //   meet both, so that q . k + q . tau is one product of unrounded operands.
-// * float: three parts of each block (bf16_parts.h), whose units are 16 elements apart.
+// * float: three parts of each block (bf16_parts.h), whose units are 16 elements apart. Nothing is scaled: what elements
+//   below 2^-110 lose is not seen in scores, nor in sums where a probability is near 1.
 #pragma once
 #include <limits>
 
@@ -177,8 +178,9 @@ struct PairForm<uint16_t> {
                                      (__m512bh)read_pairs(b + d, dim - d));
     return sum;
   }
-  static PDS_INLINE vfloat gather_key(Row<uint16_t> k, const uint16_t* tau, const uint16_t* u, const uint16_t* w, int64_t dim,
-                                      int64_t padded, float* out) {
+  // Writes k and tau, or the turned k. Returns the per-key term, spread over the lanes.
+  static PDS_INLINE vfloat gather_key(Row<uint16_t> k, const uint16_t* tau, const uint16_t* u, const uint16_t* w,
+                                      int64_t dim, int64_t padded, float* out) {
     uint16_t* to = reinterpret_cast<uint16_t*>(out);
     for (int64_t d = 0; d < padded; d += 32) {
       _mm512_storeu_si512(to + d, get(k, dim, d));

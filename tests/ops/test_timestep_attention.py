@@ -244,6 +244,22 @@ def test_nan_and_large_scores():
 
 
 @kernel_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1.0, -1.0])
+def test_scores_that_grow_along_the_keys(dtype, scale):
+    x, _ = make(queries=40, keys=200, dim=32, dtype=dtype)
+    x["k"] *= torch.linspace(0.01, 3, 200)[:, None, None].to(dtype)  # each block of keys has far larger scores than the last
+
+    def attend(*inputs):
+        return timestep_attention(*inputs, scale=scale)
+
+    exact = outputs_and_grads(attend, x, torch.float64)
+    for isa in each_isa():
+        for ours, truth in zip(outputs_and_grads(attend, x), exact, strict=True):
+            assert error(ours, truth) < 64 * torch.finfo(dtype).eps, isa
+
+
+@kernel_only
 @given(batch=st.integers(1, 3), heads=st.integers(1, 3), queries=st.integers(1, 70), keys=st.integers(1, 70),
        dim=st.integers(1, 70), tau=st.sampled_from(["direct", "table", None]), biases=st.booleans(),
        dtype=st.sampled_from([torch.float32, torch.bfloat16]))
