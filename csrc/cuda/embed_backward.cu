@@ -32,7 +32,8 @@ __device__ __forceinline__ void add_token(const Scatter& s, int64_t token, int64
     for (int i = 0; i < kUnit<T>; ++i) sum[i] += x[i];
   }
   if (a.grad_x_t != nullptr) {
-    const int64_t sentence = token / a.N, t = a.times.at(token, sentence, token % a.N, a.T);
+    const int64_t sentence = a.times.per_token ? 0 : token / a.N;   // what is not needed is not divided for
+    const int64_t t = a.times.at(token, sentence, token - sentence * a.N, a.T);
     float signal = inside(t, a.T) ? __ldg(a.signal + t) : __int_as_float(0x7FC00000);
     if (a.mask != nullptr && __ldg(a.mask + token) == 0) signal = 1.f;
     load_unit(static_cast<const T*>(a.grad_x_t) + token * a.d + offset, count, s.aligned, x);
