@@ -248,7 +248,7 @@ def test_nan_and_large_scores():
 @pytest.mark.parametrize("scale", [1.0, -1.0])
 def test_scores_that_grow_along_the_keys(dtype, scale):
     x, _ = make(queries=40, keys=200, dim=32, dtype=dtype)
-    x["k"] *= torch.linspace(0.01, 3, 200)[:, None, None].to(dtype)  # each block of keys scores far more than the last
+    x["k"] *= torch.linspace(0.01, 3, 200)[:, None, None].to(dtype)  # each block of keys scores far above the last
 
     def attend(*inputs):
         return timestep_attention(*inputs, scale=scale)
