@@ -47,13 +47,14 @@ PDS_INLINE vfloat leading_part(vfloat x) {
   return as_float((as_int(x) + splat(0x8000)) & splat(static_cast<int32_t>(0xFFFF0000)));
 }
 
-// 32 floats of a chunk, scaled (else those below 2^-110 lose bits), as three parts, kBlockUnits apart. Unit j of 16 has elements j and j + 16. An infinite or
-// undefined element makes its products undefined, and those of its row alone.
+// 32 floats of a chunk, scaled (else those below 2^-110 lose bits), as three parts, kBlockUnits apart. Unit j of 16 has
+// elements j and j + 16. An infinite or undefined element makes its products undefined, and those of its row alone.
 PDS_INLINE void split_parts(vfloat low, vfloat high, Bf16Pair* out) {
   for (int part = 0; part < kParts; ++part) {
     const bool last = part == kParts - 1;   // what is left has 8 bits, unless it is subnormal
     const vfloat lower = last ? low : leading_part(low), upper = last ? high : leading_part(high);
-    const __m512i units = _mm512_mask_blend_epi16(0xAAAAAAAAu, (__m512i)(reinterpret_cast<vuint>(lower) >> 16), (__m512i)upper);
+    const __m512i shifted = (__m512i)(reinterpret_cast<vuint>(lower) >> 16);
+    const __m512i units = _mm512_mask_blend_epi16(0xAAAAAAAAu, shifted, (__m512i)upper);
     _mm512_storeu_si512(out + part * kBlockUnits, units);
     low -= lower;   // exact
     high -= upper;

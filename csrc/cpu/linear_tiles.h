@@ -50,7 +50,8 @@ struct TileProduct {
   explicit TileProduct(const LinearArgs& a)
       : args(a), layout(a), width(a.geglu ? a.columns / 2 : a.columns), chunks(layout.depth / 16) {
     const int64_t threads = num_threads(), fair = round_up((args.rows + 2 * threads - 1) / (2 * threads), kTallRows);
-    const int64_t fitting = std::min(kMostTileRows, std::max(kLeastTileRows, kTileRowBytes / std::max<int64_t>(1, layout.depth * kPieces * 4)));
+    const int64_t small = kTileRowBytes / std::max<int64_t>(1, layout.depth * kPieces * 4);
+    const int64_t fitting = std::min(kMostTileRows, std::max(kLeastTileRows, small));
     block = std::min(fair, std::max<int64_t>(1, fitting / kTallRows) * kTallRows);
     const int64_t blocks = (args.rows + block - 1) / block;
     const int64_t wanted = threads == 1 ? 1 : blocks == 1 ? threads : 4 * threads;
