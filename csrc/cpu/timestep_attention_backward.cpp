@@ -1,8 +1,8 @@
 // Backward of timestep attention. With P the probabilities, R the dropout factors (0 or 1 / survival) and dO given:
 //   dV = (R P)^T dO      dP = R (dO V^T)      dS = scale P (dP - sum_j P dP)      dQ = dS (K + tau)      dK' = dS^T Q
 //   c_j = sum_i dS_ij    dk_j = dK'_j + c_j u    dtau_j = dK'_j + c_j w    du = sum_j c_j k_j    dw = sum_j c_j tau_j
-// P is recomputed from the scores and the saved log-sum-exp, and divided by its sums, as forward may round scores otherwise. In the rotary form q, k and v are the turned ones, and their
-// gradients are turned back as they are written.
+// P is recomputed from the scores and the saved log-sum-exp, and divided by its sums, as forward may round scores
+// otherwise. In the rotary form q, k and v are the turned ones, and their gradients are turned back as they are written.
 #include <limits>
 
 #include "cpu/timestep_attention.h"

@@ -1,7 +1,6 @@
 // Forward of timestep attention on AMX tiles: see timestep_attention_pairs.h.
 //
 // A strip of 32 queries passes over the keys in blocks of 64, whose scores and probabilities stay in the first-level cache.
-// Fetching rows ahead does not pay here: gathering them is quick, and the tiles leave little time to hide it in.
 #pragma once
 #include "cpu/timestep_attention_pairs.h"
 
@@ -42,7 +41,8 @@ class PairForward {
     static thread_local Scratch scratch;
     const int64_t most = round_up(a.keys, kPanel), panels = most / kPanel;
     scratch.reserve(2 * most + panels * (key_blocks + blocks) * Form::kBlock + kWidth * padded +
-                    (blocks + kBlockPanels) * (Form::kBlock + kStrip * kPanel) + kStrip * (2 * kWidth + 1 + bits_row / 2) + 512);
+                    (blocks + kBlockPanels) * (Form::kBlock + kStrip * kPanel) +
+                    kStrip * (2 * kWidth + 1 + bits_row / 2) + 512);
     keys.index = reinterpret_cast<int32_t*>(scratch.take(most));
     keys.bias = scratch.take(most);
     keys.panels = take_pairs(scratch, panels * key_blocks * Form::kBlock);
@@ -64,6 +64,7 @@ class PairForward {
     panels = round_up(keys.count, kPanel) / kPanel;
     std::fill_n(keys.index + keys.count, panels * kPanel - keys.count, 0);
     for (int64_t p = 0; p < panels; ++p) {
+      if (p + 1 < panels) fetch_panel(b, h, p + 1);
       for (int64_t i = 0; i < kPanel; i += kWidth) gather_keys(b, h, p, i);
       gather_values(b, h, p);
     }
@@ -73,6 +74,7 @@ class PairForward {
     const auto exponentiate = a.drop_threshold ? &PairForward::exponentiate<true> : &PairForward::exponentiate<false>;
     for (int64_t i0 = begin; i0 < end; i0 += kStrip) {
       const int64_t n = std::min(kStrip, end - i0);
+      fetch_strip(b, h, i0 + kStrip);
       start_strip(b, h, i0, n);
       if (a.drop_threshold) draw_bits(b * a.heads + h, i0, n);
       for (int64_t p = 0; p < panels; p += kBlockPanels) {
@@ -94,6 +96,32 @@ class PairForward {
 
   Row<T> row(const HeadTensor& t, int64_t b, int64_t i, int64_t h) const {
     return {row_of<T>(t, b, i, h), a.rotary ? tau_row<T>(a, b, i, h) : nullptr};
+  }
+
+  // ---- rows that are needed soon: they lie too far apart for the processor to foresee them ----
+
+  PDS_INLINE void fetch_row(const T* row) const {
+    for (int64_t d = 0; d < a.dim; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + d);
+  }
+  void fetch_panel(int64_t b, int64_t h, int64_t p) const {
+    for (int64_t at = p * kPanel; at < std::min((p + 1) * kPanel, keys.count); ++at) {
+      const int64_t j = keys.index[at];
+      fetch_row(row_of<T>(a.k, b, j, h));
+      fetch_row(row_of<T>(a.v, b, j, h));
+      if (a.tau.data && !a.timesteps) fetch_row(row_of<T>(a.tau, b, j, h));
+    }
+  }
+  // The strip from query i0 on, or if there is none, the first ones of the next head with its first keys.
+  void fetch_strip(int64_t b, int64_t h, int64_t i0) const {
+    if (i0 >= a.queries) {
+      if (++h == a.heads) return;
+      i0 = 0;
+      fetch_panel(b, h, 0);
+    }
+    for (int64_t i = i0; i < std::min(i0 + kStrip, a.queries); ++i) {
+      fetch_row(row_of<T>(a.q, b, i, h));
+      fetch_row(static_cast<const T*>(a.out) + ((b * a.queries + i) * a.heads + h) * a.dim);
+    }
   }
 
   // ---- keys and values ----
@@ -221,9 +249,8 @@ class PairForward {
                  static_cast<int>(std::min<int64_t>(kWidth, n - l)));
     }
     T* to = static_cast<T*>(a.out) + ((b * a.queries + i0) * a.heads + h) * a.dim;
-    for (int64_t i = 0; i < n; ++i, to += a.heads * a.dim) {
+    for (int64_t i = 0; i < n; ++i, to += a.heads * a.dim)
       for (int64_t d = 0; d < a.dim; d += kWidth) Form::write(to + d, splat(inverse[i]) * load(sum(i, d)), a.dim - d);
-    }
   }
 
   // Where features d .. d+15 of query i's values are summed.

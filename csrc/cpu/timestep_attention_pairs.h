@@ -96,7 +96,8 @@ struct PairForm<float> {
   static void pack_values(const Row<float>* rows, int64_t dim, int64_t padded, Bf16Pair* out) {
     for (int64_t i = 0; i < kWidth; ++i)
       for (int64_t d = 0; d < padded; d += kWidth)
-        split_parts(get(rows[i], dim, d), get(rows[i + kWidth], dim, d), out + d / kChunk * kBlock + i * kPanel + d % kChunk);
+        split_parts(get(rows[i], dim, d), get(rows[i + kWidth], dim, d),
+                    out + d / kChunk * kBlock + i * kPanel + d % kChunk);
   }
 
   static PDS_INLINE void put_probabilities(vfloat low, vfloat high, Bf16Pair* out) { split_parts(low, high, out); }
