@@ -44,7 +44,7 @@ struct PairForm;
 
 template <>
 struct PairForm<float> {
-  static constexpr int64_t kFewestKeys = 65;   // below that splitting costs as much as the tiles gain
+  static constexpr int64_t kFewestKeys = 193;   // below that splitting costs as much as the tiles gain
   static constexpr int64_t kBlock = kParts * kBlockUnits;
   static constexpr int key_features(const TimestepAttentionArgs&) { return 1; }
 

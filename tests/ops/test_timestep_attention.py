@@ -70,7 +70,7 @@ def test_error_against_float64_is_at_most_twice_torchs(n, dim, dtype):
 @kernel_only
 @pytest.mark.parametrize(
     "tau,biases", [("direct", True), ("table", True), ("direct", False), (None, True), (None, False)])
-@pytest.mark.parametrize("queries,keys", [(9, 9), (1, 7), (41, 5), (129, 127)])
+@pytest.mark.parametrize("queries,keys", [(9, 9), (1, 7), (41, 5), (65, 300)])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_kernels_match_the_float64_reference(tau, biases, queries, keys, masked, dropout_p):
