@@ -12,6 +12,7 @@ so that every step settles as many tokens as any other.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 import torch
@@ -158,7 +159,7 @@ class UniformSampler:
         """Nothing to restore."""
 
 
-class TokenSampler(UniformSampler):
+class TokenSampler(UniformSampler, ABC):
     """A timestep per token, which an index shared by the sentence decides; the index is uniform; weight 1."""
 
     def __init__(self, T: int, anchor_scale: float = 2.0) -> None:
@@ -166,13 +167,13 @@ class TokenSampler(UniformSampler):
         super().__init__(T)
         self.anchor_scale = anchor_scale
 
+    @abstractmethod
     def indices(self, lengths: Tensor) -> Tensor:
         """How many indices sentences of ``lengths`` int64 ``[B]`` have: int64 ``[B]``. 0 is clean, the last all noise."""
-        raise NotImplementedError
 
+    @abstractmethod
     def token_times(self, s: Tensor, lengths: Tensor, max_len: int) -> Tensor:
         """Timesteps int64 ``[B, max_len]`` at the indices ``s`` int64 ``[B]``."""
-        raise NotImplementedError
 
     def sample(self, lengths: Tensor, max_len: int, generator: Generator | None = None,
                uniform: Tensor | None = None) -> tuple[Tensor, Tensor]:
