@@ -99,7 +99,7 @@ class ARDiffusion(DiffusionModel):
         """``encoded`` with what all denoising steps of M candidates share; arguments as of :meth:`denoise`."""
         packing, base = Packing.of(mask), self._base(lengths, width).expand(len(lengths), -1, -1)
         if packing is not None:
-            sources = Packing.whatever(encoded.mask)
+            sources = Packing.always(encoded.mask)
             encoded = encoded._replace(memory=[kv.pack(sources) for kv in encoded.memory])
         return encoded._replace(base=packed(base, packing).contiguous(), packing=packing)
 

@@ -23,6 +23,7 @@ class KeyValue(NamedTuple):
     offsets: Tensor | None = None
 
     def pack(self, packing: Packing) -> KeyValue:
+        """Of the real tokens alone: ``[B, S, ...] -> [tokens, ...]``; ``packing`` is that of the source mask ``[B, S]``."""
         return KeyValue(packing.pack(self.key), packing.pack(self.value), packing.offsets)
 
 

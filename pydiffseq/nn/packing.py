@@ -23,11 +23,11 @@ class Packing(NamedTuple):
         """For ``mask`` bool ``[M, N]``; ``None`` where it does not pay, or where counting would wait for a device."""
         if mask is None or mask.device.type != "cpu" or not mask.numel():
             return None
-        packing = cls.whatever(mask)
+        packing = cls.always(mask)
         return packing if 0 < len(packing.places) <= (1 - LEAST_PADDING) * mask.numel() else None
 
     @classmethod
-    def whatever(cls, mask: Tensor) -> Packing:
+    def always(cls, mask: Tensor) -> Packing:
         """For ``mask`` bool ``[M, N]``, whether it pays or not."""
         flat = mask.flatten()
         offsets = F.pad(mask.sum(1).cumsum(0), (1, 0))
