@@ -68,6 +68,17 @@ PDS_INLINE void write(T* p, vfloat x, int64_t left) {
   for (int i = 0; i < left; ++i) from_float(p[i], x[i]);
 }
 
+// The same, rounded by the processor where it can: it takes subnormal numbers for zero.
+PDS_INLINE void round_to_memory(float* p, vfloat x, int64_t left) { write(p, x, left); }
+PDS_INLINE void round_to_memory(uint16_t* p, vfloat x, int64_t left) {
+#if defined(__AVX512BF16__)
+  const __mmask16 mask = static_cast<__mmask16>(left >= kWidth ? 0xFFFF : (1 << left) - 1);
+  _mm256_mask_storeu_epi16(p, mask, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+#else
+  write(p, x, left);
+#endif
+}
+
 // Sum of the lanes, by halves.
 PDS_INLINE float add_lanes(vfloat x) {
 #if PDS_WIDTH == 16
@@ -117,8 +128,8 @@ struct Sizes {
   int64_t dim, padded;
   bool bias;
 
-  explicit Sizes(const TimestepAttentionArgs& a)
-      : dim(a.dim), padded(align_up(a.dim, kWidth)), bias(a.u != nullptr || (a.w != nullptr && a.tau.data != nullptr)) {}
+  explicit Sizes(const TimestepAttentionArgs& a, int64_t multiple = kWidth)
+      : dim(a.dim), padded(align_up(a.dim, multiple)), bias(a.u != nullptr || (a.w != nullptr && a.tau.data != nullptr)) {}
 };
 
 // The keys of one head that the mask keeps.

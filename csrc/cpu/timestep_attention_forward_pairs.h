@@ -24,12 +24,6 @@ PDS_INLINE vfloat log_of_positive(vfloat x) {
   return exponent * splat(0.693147181f) + splat(2.f) * s * p;
 }
 
-inline int64_t count_keys(const TimestepAttentionArgs& a, int64_t b) {
-  if (!a.key_mask) return a.keys;
-  const uint8_t* mask = a.key_mask + b * a.keys;
-  return a.keys - std::count(mask, mask + a.keys, uint8_t{0});
-}
-
 template <typename T>
 class PairForward {
   using Form = PairForm<T>;
@@ -250,7 +244,8 @@ class PairForward {
     }
     T* to = static_cast<T*>(a.out) + ((b * a.queries + i0) * a.heads + h) * a.dim;
     for (int64_t i = 0; i < n; ++i, to += a.heads * a.dim)
-      for (int64_t d = 0; d < a.dim; d += kWidth) Form::write(to + d, splat(inverse[i]) * load(sum(i, d)), a.dim - d);
+      for (int64_t d = 0; d < a.dim; d += kWidth)
+        round_to_memory(to + d, splat(inverse[i]) * load(sum(i, d)), a.dim - d);
   }
 
   // Where features d .. d+15 of query i's values are summed.

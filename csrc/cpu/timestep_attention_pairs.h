@@ -21,6 +21,12 @@ static_assert(kStrip == kChunk && kPanel == kChunk && 2 * kWidth == kChunk);
 
 inline Bf16Pair* take_pairs(Scratch& scratch, int64_t units) { return reinterpret_cast<Bf16Pair*>(scratch.take(units)); }
 
+inline int64_t count_keys(const TimestepAttentionArgs& a, int64_t b) {
+  if (!a.key_mask) return a.keys;
+  const uint8_t* mask = a.key_mask + b * a.keys;
+  return a.keys - std::count(mask, mask + a.keys, uint8_t{0});
+}
+
 // out[i] = the sum (or largest) of the lanes of row i of 16 rows of 16.
 template <typename Combine>
 PDS_INLINE vfloat fold_rows(const float* rows, Combine combine) {
@@ -50,7 +56,6 @@ struct PairForm<float> {
 
   static PDS_INLINE vfloat exp2(vfloat x) { return exp2_of_nonpositive(x); }
   static PDS_INLINE void multiply(const Bf16Pair* left, const Bf16Pair* right) { multiply_parts(left, right, [] {}); }
-  static PDS_INLINE void write(float* p, vfloat x, int64_t left) { pds::PDS_ISA::write(p, x, left); }
 
   // Features d .. d+15.
   static PDS_INLINE vfloat get(Row<float> row, int64_t dim, int64_t d) {
@@ -155,10 +160,6 @@ struct PairForm<uint16_t> {
     load_left(left, kWidth);
     stream_right(right, kPanel);
     multiply_tiles();
-  }
-  static PDS_INLINE void write(uint16_t* p, vfloat x, int64_t left) {
-    const __mmask16 mask = static_cast<__mmask16>(left >= kWidth ? 0xFFFF : (1 << left) - 1);
-    _mm256_mask_storeu_epi16(p, mask, (__m256i)_mm512_cvtneps_pbh((__m512)x));
   }
 
   // Features d .. d+31.

@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from pydiffseq.ops import _cuda, reference
-from pydiffseq.ops._extension import C, autocast, check_float, check_same_device, check_shape, library, pointer, use_kernel
+from pydiffseq.ops._extension import (
+    C,
+    autocast,
+    check_float,
+    check_same_device,
+    check_shape,
+    library,
+    pointer,
+    register_autograd,
+    use_kernel,
+)
 
 library.define(
     "linear_cross_entropy(Tensor x, Tensor table, Tensor? bias, Tensor target, float label_smoothing, int ignore_index)"
@@ -234,4 +244,4 @@ def _backward(ctx, grad: Tensor, _grad_lse: Tensor | None):
     return *grads, None, None, None
 
 
-torch.library.register_autograd("pydiffseq::linear_cross_entropy", _backward, setup_context=_setup_context, lib=library)
+register_autograd("linear_cross_entropy", _backward, _setup_context)

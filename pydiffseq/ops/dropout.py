@@ -17,6 +17,7 @@ from pydiffseq.ops._extension import (
     draw_seed,
     library,
     pointer,
+    register_autograd,
     use_kernel,
 )
 
@@ -174,5 +175,5 @@ def _dropout_add_grad(ctx, grad: Tensor):
     return grad_x, grad, None, None
 
 
-torch.library.register_autograd("pydiffseq::dropout", _dropout_grad, setup_context=_setup, lib=library)
-torch.library.register_autograd("pydiffseq::dropout_add", _dropout_add_grad, setup_context=_setup, lib=library)
+register_autograd("dropout", _dropout_grad, _setup)
+register_autograd("dropout_add", _dropout_add_grad, _setup)

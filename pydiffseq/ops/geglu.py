@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pydiffseq.ops import _cuda, reference
-from pydiffseq.ops._extension import C, check_float, library, pointer, use_kernel
+from pydiffseq.ops._extension import C, check_float, library, pointer, register_autograd, use_kernel
 
 library.define("geglu(Tensor x) -> Tensor")
 library.define("geglu_backward(Tensor grad, Tensor x) -> Tensor")
@@ -125,4 +125,4 @@ def _geglu_grad(ctx, grad: Tensor) -> Tensor:
     return _geglu_backward_op(grad, ctx.saved_tensors[0])
 
 
-torch.library.register_autograd("pydiffseq::geglu", _geglu_grad, setup_context=_setup, lib=library)
+register_autograd("geglu", _geglu_grad, _setup)

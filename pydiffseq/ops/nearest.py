@@ -21,6 +21,7 @@ from pydiffseq.ops._extension import (
     check_shape,
     library,
     pointer,
+    register_autograd,
     use_kernel,
 )
 
@@ -365,7 +366,7 @@ def _topk_backward(ctx, _grad_scores, _grad_ids):
     return None, None, None, None, None
 
 
-torch.library.register_autograd("pydiffseq::nearest_topk", _topk_backward, setup_context=_topk_setup, lib=library)
+register_autograd("nearest_topk", _topk_backward, _topk_setup)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -379,4 +380,4 @@ def _backward(ctx, grad: Tensor, _grad_ids: Tensor | None):
     return None, torch.ops.aten.embedding_dense_backward(grad.contiguous(), ids, ctx.rows, -1, False), None, None
 
 
-torch.library.register_autograd("pydiffseq::nearest", _backward, setup_context=_setup_context, lib=library)
+register_autograd("nearest", _backward, _setup_context)

@@ -18,6 +18,7 @@ from pydiffseq.ops._extension import (
     draw_seed,
     library,
     pointer,
+    register_autograd,
     use_kernel,
 )
 
@@ -695,7 +696,7 @@ def _step_grad(ctx, grad: Tensor):
     return *grads, *[None] * 8
 
 
-torch.library.register_autograd("pydiffseq::q_sample", _q_sample_grad, setup_context=_q_sample_setup, lib=library)
-torch.library.register_autograd("pydiffseq::q_sample_backward", _scale_grad, setup_context=_scale_setup, lib=library)
-torch.library.register_autograd("pydiffseq::embed_q_sample", _embed_grad, setup_context=_embed_setup, lib=library)
-torch.library.register_autograd("pydiffseq::sampler_step", _step_grad, setup_context=_step_setup, lib=library)
+register_autograd("q_sample", _q_sample_grad, _q_sample_setup)
+register_autograd("q_sample_backward", _scale_grad, _scale_setup)
+register_autograd("embed_q_sample", _embed_grad, _embed_setup)
+register_autograd("sampler_step", _step_grad, _step_setup)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pydiffseq.ops import _cuda, reference
-from pydiffseq.ops._extension import C, autocast, check_same_device, library, pointer, use_kernel
+from pydiffseq.ops._extension import C, autocast, check_same_device, library, pointer, register_autograd, use_kernel
 from pydiffseq.ops.timestep_attention import (
     Packed,
     check_arguments,
@@ -213,5 +213,4 @@ def _backward(ctx, grad_out: Tensor, _grad_lse: Tensor | None):
     return *grads, *[None] * 8
 
 
-torch.library.register_autograd(
-    "pydiffseq::packed_timestep_attention", _backward, setup_context=_setup_context, lib=library)
+register_autograd("packed_timestep_attention", _backward, _setup_context)

@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from pydiffseq.ops import _cuda, reference
-from pydiffseq.ops._extension import C, autocast, check_float, check_same_device, draw_seed, library, pointer, use_kernel
+from pydiffseq.ops._extension import (
+    C,
+    autocast,
+    check_float,
+    check_same_device,
+    draw_seed,
+    library,
+    pointer,
+    register_autograd,
+    use_kernel,
+)
 
 library.define(
     "timestep_attention(Tensor q, Tensor k, Tensor v, Tensor? tau, Tensor? u, Tensor? w, Tensor? timesteps, "
@@ -388,4 +398,4 @@ def _backward(ctx, grad_out: Tensor, _grad_lse: Tensor | None):
     return *grads, None, None, None, None, None, None
 
 
-torch.library.register_autograd("pydiffseq::timestep_attention", _backward, setup_context=_setup_context, lib=library)
+register_autograd("timestep_attention", _backward, _setup_context)

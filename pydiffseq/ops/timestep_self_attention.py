@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pydiffseq.ops._extension import autocast, library, use_kernel
+from pydiffseq.ops._extension import autocast, library, register_autograd, use_kernel
 from pydiffseq.ops.timestep_attention import (
     backward_into,
     check_arguments,
@@ -139,5 +139,4 @@ def _backward(ctx, grad_out: Tensor, _grad_lse: Tensor | None):
     return *grads, None, None, None, None, None, None
 
 
-torch.library.register_autograd(
-    "pydiffseq::timestep_self_attention", _backward, setup_context=_setup_context, lib=library)
+register_autograd("timestep_self_attention", _backward, _setup_context)
