@@ -27,10 +27,11 @@ constexpr int64_t align_up(int64_t n, int64_t multiple) { return (n + multiple -
 struct TileShape {
   int64_t depth, lda, ldb, ldc;
   bool accumulate;
-  const float* start = nullptr;   // else what each row of C starts from, if given
+  const float* start = nullptr;    // else what each row of C starts from, if given
+  const float* factor = nullptr;   // what each row of C is multiplied with at last, if given
 };
 
-// C[kRows][kColumns vectors] (+)= start + sum over k of A(i, k) B(k, :). A(i, k) is a[i * lda + k], or a[k * lda + i] if
+// C[kRows][kColumns vectors] (+)= (start + sum over k of A(i, k) B(k, :)) factor. A(i, k) is a[i * lda + k], or a[k * lda + i] if
 // kTransposed. With kFetch each step of k fetches a line ahead.
 template <bool kTransposed, bool kFetch, int kRows, int kColumns>
 void multiply_tile(const TileShape& s, const float* a, const float* b, float* c, Prefetch::Walk ahead) {
@@ -43,7 +44,7 @@ void multiply_tile(const TileShape& s, const float* a, const float* b, float* c,
   const int64_t row = kTransposed ? 1 : s.lda, step = kTransposed ? s.lda : 1;
   for (int64_t k = 0; k < s.depth; ++k, a += step, b += s.ldb) {
     if (kFetch) {
-      __builtin_prefetch(ahead.at);
+      Prefetch::fetch_line(ahead.at);
       ahead.at += kLine;
       if (--ahead.left == 0) {
         ahead.at += ahead.jump;
@@ -59,6 +60,12 @@ void multiply_tile(const TileShape& s, const float* a, const float* b, float* c,
 #pragma GCC unroll 4
       for (int n = 0; n < kColumns; ++n) sum[i][n] += left * right[n];
     }
+  }
+  if (s.factor) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+      for (int n = 0; n < kColumns; ++n) sum[i][n] *= splat(s.factor[i]);
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
@@ -87,16 +94,19 @@ void multiply(int64_t rows, int64_t columns, TileShape shape, const float* a, co
   static constexpr auto fetching = tile_table<kTransposed, true>(widths), plain = tile_table<kTransposed, false>(widths);
   const auto& table = ahead.empty() ? plain : fetching;
   const int64_t depth = shape.depth, first = shape.accumulate;
-  const float* start = shape.start;
+  const float *start = shape.start, *factor = shape.factor;
   for (int64_t k0 = 0; k0 < depth; k0 += kDepthBlock) {
     shape.depth = std::min(kDepthBlock, depth - k0);
     shape.accumulate = first || k0 > 0;
     for (int64_t n0 = 0; n0 < columns;) {
       const int wide = static_cast<int>(std::min<int64_t>(kMaxColumns, (columns - n0) / kWidth));
-      const int64_t tiles = (rows + kMaxRows[wide] - 1) / kMaxRows[wide];
-      for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t i0 = rows * t / tiles, height = rows * (t + 1) / tiles - i0;
+      // As few tiles as there can be, of two heights, the taller ones first.
+      const int64_t tiles = (rows + kMaxRows[wide] - 1) / kMaxRows[wide], low = rows / tiles;
+      int64_t taller = rows - low * tiles;
+      for (int64_t i0 = 0, height; i0 < rows; i0 += height) {
+        height = low + (taller-- > 0);
         shape.start = start ? start + i0 : nullptr;
+        shape.factor = factor && k0 + shape.depth == depth ? factor + i0 : nullptr;
         const float* left = kTransposed ? a + k0 * shape.lda + i0 : a + i0 * shape.lda + k0;
         table[wide - 1][height - 1](shape, left, b + k0 * shape.ldb + n0, c + i0 * shape.ldc + n0,
                                     ahead.take(shape.depth, left));

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cpu/simd.h"
+
 namespace pds {
 namespace PDS_ISA {
 
@@ -17,6 +19,9 @@ class Prefetch {
     const char* at;
     int64_t left, per_row, jump;
   };
+
+  // Into the second-level cache: the first would run out of places for what is under way.
+  static PDS_INLINE void fetch_line(const char* at) { __builtin_prefetch(at, 0, 2); }
 
   void clear() { size_ = next_ = 0; }
   bool empty() const { return next_ == size_; }
@@ -42,11 +47,16 @@ class Prefetch {
     return walk;
   }
 
+  // Fetches what is left.
+  void finish() {
+    while (next_ < size_) fetch(parts_[next_].lines);
+  }
+
   // Fetches the next `lines` lines.
   void fetch(int64_t lines) {
     if (next_ == size_) return;
     for (Walk walk = take(lines, nullptr); lines > 0; --lines) {
-      __builtin_prefetch(walk.at);
+      fetch_line(walk.at);
       walk.at += kLine;
       if (--walk.left == 0) {
         walk.at += walk.jump;

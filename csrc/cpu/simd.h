@@ -83,6 +83,19 @@ constexpr float kLog2e = 1.44269504f;
 // exp(x) for x <= 0, to 1.5e-7 + 6e-8 |x|; otherwise as exp2_of_nonpositive.
 PDS_INLINE vfloat exp_of_nonpositive(vfloat x) { return exp2_of_nonpositive(x * splat(kLog2e)); }
 
+// Natural logarithm of positive finite numbers, to about 2 ulp; NaN for NaN.
+PDS_INLINE vfloat log_of_positive(vfloat x) {
+  const vint exponent = (as_int(x) - splat(0x3F400000)) >> 23;   // of 2 that leaves 0.75 .. 1.5
+  const vfloat m = as_float(as_int(x) - (exponent << 23)), s = (m - splat(1.f)) / (m + splat(1.f)), square = s * s;
+  vfloat p = splat(1.f / 9);
+  p = p * square + splat(1.f / 7);
+  p = p * square + splat(1.f / 5);
+  p = p * square + splat(1.f / 3);
+  p = p * square + splat(1.f);
+  const vfloat log = __builtin_convertvector(exponent, vfloat) * splat(0.693147181f) + splat(2.f) * s * p;
+  return select(x == x, log, x);
+}
+
 // bfloat16 <-> float32, round to nearest even; NaN stays NaN.
 typedef uint16_t vbf16 __attribute__((vector_size(PDS_WIDTH * 2)));
 typedef uint16_t vbf16_unaligned __attribute__((vector_size(PDS_WIDTH * 2), aligned(2)));

@@ -149,62 +149,6 @@ struct Keys {
   }
 };
 
-// Writes k + tau; returns u . k + w . tau.
-template <typename T>
-PDS_INLINE float gather_key(const Sizes& s, const T* k, const T* tau, const T* u, const T* w, float* sum) {
-  vfloat dot{};
-  for (int64_t d = 0; d < s.padded; d += kWidth) {
-    const int64_t left = s.dim - d;
-    vfloat key = read(k + d, left);
-    if (u) dot += key * read(u + d, left);
-    if (tau) {
-      const vfloat time = read(tau + d, left);
-      if (w) dot += time * read(w + d, left);
-      key += time;
-    }
-    store(sum + d, key);
-  }
-  return s.bias ? add_lanes(dot) : 0.f;
-}
-
-template <typename T>
-PDS_INLINE void gather_row(const Sizes& s, const T* row, const T* turned_by, float* out) {
-  for (int64_t d = 0; d < s.padded; d += kWidth) {
-    const vfloat x = read(row + d, s.dim - d);
-    store(out + d, turned_by ? turn(turned_by, s.dim, d, x) : x);
-  }
-}
-
-template <typename AnyKeys>
-void select_keys(const TimestepAttentionArgs& a, int64_t b, AnyKeys& keys) {
-  keys.count = keys.gathered = 0;
-  for (int64_t j = 0; j < a.keys; ++j)
-    if (!a.key_mask || a.key_mask[b * a.keys + j]) keys.index[keys.count++] = static_cast<int32_t>(j);
-}
-
-// Gathers the selected keys of a head up to number `end`.
-template <typename T>
-void gather_keys(const TimestepAttentionArgs& a, const Sizes& s, int64_t b, int64_t h, int64_t end, Keys& keys) {
-  const T *u = head_row<T>(a.u, h, a.dim), *w = head_row<T>(a.w, h, a.dim);
-  for (int64_t& at = keys.gathered; at < end; ++at) {
-    const int64_t j = keys.index[at];
-    const T *k = row_of<T>(a.k, b, j, h), *tau = a.tau.data ? tau_row<T>(a, b, j, h) : nullptr;
-    float* sum = keys.sum + at * s.padded;
-    if (a.rotary) gather_row(s, k, tau, sum);
-    else keys.bias[at] = a.scale * gather_key(s, k, tau, u, w, sum);
-    gather_row(s, row_of<T>(a.v, b, j, h), a.rotary ? tau : nullptr, keys.value + at * s.padded);
-  }
-}
-
-// Rows i0 .. i0+n-1 of one head as float, [lanes][padded], zero rows from n on; turned where `turned` says so.
-template <typename T>
-void gather_rows(const TimestepAttentionArgs& a, const Sizes& s, const HeadTensor& t, bool turned, int64_t b, int64_t h,
-                 int64_t i0, int64_t n, int64_t lanes, float* rows) {
-  for (int64_t i = 0; i < n; ++i)
-    gather_row(s, row_of<T>(t, b, i0 + i, h), turned ? tau_row<T>(a, b, i0 + i, h) : nullptr, rows + i * s.padded);
-  std::fill_n(rows + n * s.padded, (lanes - n) * s.padded, 0.f);
-}
-
 // Four consecutive elements of each of the rows 0, 4, 8, ... (kWidth / 4 of them).
 PDS_INLINE vfloat load_quads(const float* p, int64_t ld) {
 #if PDS_WIDTH == 16
@@ -242,12 +186,87 @@ PDS_INLINE void transpose_quad(const float* p, int64_t ld, vfloat (&out)[4]) {
   out[2] = join_halves(ab1, ce1, false), out[3] = join_halves(ab1, ce1, true);
 }
 
-// columns[d][i] = factor * rows[i][d] for `lanes` rows (a multiple of kWidth) of `padded` elements.
-inline void transpose(const float* rows, int64_t lanes, int64_t padded, float factor, float* columns) {
+// out[i] = the sum (or largest) of the lanes of row i of kWidth rows of kWidth.
+template <typename Combine>
+PDS_INLINE vfloat fold_rows(const float* rows, Combine combine) {
+  vfloat all[kWidth / 4], four[4];
+  for (int q = 0; q < kWidth / 4; ++q) {
+    transpose_quad(rows + 4 * q, kWidth, four);
+    all[q] = combine(combine(four[0], four[1]), combine(four[2], four[3]));
+  }
+  for (int half = kWidth / 8; half > 0; half /= 2)
+    for (int q = 0; q < half; ++q) all[q] = combine(all[q], all[q + half]);
+  return all[0];
+}
+PDS_INLINE vfloat add(vfloat a, vfloat b) { return a + b; }
+
+// Writes k + tau; returns u . k + w . tau, spread over the lanes.
+template <typename T>
+PDS_INLINE vfloat gather_key(const Sizes& s, const T* k, const T* tau, const T* u, const T* w, float* sum) {
+  vfloat dot{};
+  for (int64_t d = 0; d < s.padded; d += kWidth) {
+    const int64_t left = s.dim - d;
+    vfloat key = read(k + d, left);
+    if (u) dot += key * read(u + d, left);
+    if (tau) {
+      const vfloat time = read(tau + d, left);
+      if (w) dot += time * read(w + d, left);
+      key += time;
+    }
+    store(sum + d, key);
+  }
+  return dot;
+}
+
+template <typename T>
+PDS_INLINE void gather_row(const Sizes& s, const T* row, const T* turned_by, float* out) {
+  for (int64_t d = 0; d < s.padded; d += kWidth) {
+    const vfloat x = read(row + d, s.dim - d);
+    store(out + d, turned_by ? turn(turned_by, s.dim, d, x) : x);
+  }
+}
+
+template <typename AnyKeys>
+void select_keys(const TimestepAttentionArgs& a, int64_t b, AnyKeys& keys) {
+  keys.count = keys.gathered = 0;
+  for (int64_t j = 0; j < a.keys; ++j)
+    if (!a.key_mask || a.key_mask[b * a.keys + j]) keys.index[keys.count++] = static_cast<int32_t>(j);
+}
+
+// Gathers the selected keys of a head up to number `end`.
+template <typename T>
+void gather_keys(const TimestepAttentionArgs& a, const Sizes& s, int64_t b, int64_t h, int64_t end, Keys& keys) {
+  const T *u = head_row<T>(a.u, h, a.dim), *w = head_row<T>(a.w, h, a.dim);
+  alignas(64) float terms[kWidth * kWidth];
+  for (int64_t& at = keys.gathered; at < end;) {
+    const int64_t first = at, count = std::min<int64_t>(kWidth, end - first);
+    for (; at < first + count; ++at) {
+      const int64_t j = keys.index[at];
+      const T *k = row_of<T>(a.k, b, j, h), *tau = a.tau.data ? tau_row<T>(a, b, j, h) : nullptr;
+      float* sum = keys.sum + at * s.padded;
+      if (a.rotary) gather_row(s, k, tau, sum);
+      else store(terms + (at - first) * kWidth, gather_key(s, k, tau, u, w, sum));
+      gather_row(s, row_of<T>(a.v, b, j, h), a.rotary ? tau : nullptr, keys.value + at * s.padded);
+    }
+    if (s.bias) write(keys.bias + first, splat(a.scale) * fold_rows(terms, add), count);
+  }
+}
+
+// Rows i0 .. i0+n-1 of one head as float, [lanes][padded], zero rows from n on; turned where `turned` says so.
+template <typename T>
+void gather_rows(const TimestepAttentionArgs& a, const Sizes& s, const HeadTensor& t, bool turned, int64_t b, int64_t h,
+                 int64_t i0, int64_t n, int64_t lanes, float* rows) {
+  for (int64_t i = 0; i < n; ++i)
+    gather_row(s, row_of<T>(t, b, i0 + i, h), turned ? tau_row<T>(a, b, i0 + i, h) : nullptr, rows + i * s.padded);
+  std::fill_n(rows + n * s.padded, (lanes - n) * s.padded, 0.f);
+}
+
+// columns[d][i] = factor * rows[i][d] for `lanes` rows (a multiple of kWidth), `apart` from each other, of `padded` elements.
+inline void transpose(const float* rows, int64_t apart, int64_t lanes, int64_t padded, float factor, float* columns) {
   for (int64_t i = 0; i < lanes; i += kWidth)
     for (int64_t d = 0; d < padded; d += 4) {
       vfloat quad[4];
-      transpose_quad(rows + i * padded + d, padded, quad);
+      transpose_quad(rows + i * apart + d, apart, quad);
       for (int c = 0; c < 4; ++c) store(columns + (d + c) * lanes + i, splat(factor) * quad[c]);
     }
 }

@@ -96,9 +96,9 @@ void differentiate_block(const TimestepAttentionArgs& a, const Sizes& s, Workspa
   if (count == 0) return write_query_grads<T>(a, s, b, h, i0, n, nullptr, nullptr);
   plan_fetches<T>(a, ws.ahead, b, h, i0);
   gather_rows<T>(a, s, a.q, a.rotary, b, h, i0, n, lanes, ws.rows);
-  transpose(ws.rows, lanes, s.padded, a.scale, ws.columns);
+  transpose(ws.rows, s.padded, lanes, s.padded, a.scale, ws.columns);
   gather_rows<T>(a, s, a.grad_out, false, b, h, i0, n, lanes, ws.grad_rows);
-  transpose(ws.grad_rows, lanes, s.padded, 1.f, ws.grad_columns);
+  transpose(ws.grad_rows, s.padded, lanes, s.padded, 1.f, ws.grad_columns);
   alignas(64) float lse[kQueryBlock];   // later 1 / sum
   std::fill_n(lse, kQueryBlock, std::numeric_limits<float>::infinity());   // probability 0 in the padding lanes
   std::copy_n(a.lse + (b * a.heads + h) * a.queries + i0, n, lse);
@@ -117,6 +117,7 @@ void differentiate_block(const TimestepAttentionArgs& a, const Sizes& s, Workspa
   multiply<false>(count, s.padded, to_keys, ws.grad_scores, ws.rows, ws.sums.key, ws.ahead);
   multiply<true>(n, s.padded, {count, lanes, s.padded, s.padded, false}, ws.grad_scores, ws.keys.sum,
                  ws.grad_queries, ws.ahead);
+  ws.ahead.finish();
   write_query_grads<T>(a, s, b, h, i0, n, ws.grad_queries, ws.sums.turns);
 }
 

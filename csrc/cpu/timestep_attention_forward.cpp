@@ -1,5 +1,5 @@
-#include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "cpu/timestep_attention_forward_pairs.h"
 
@@ -78,8 +78,11 @@ inline void scale_rows(int64_t n, int64_t padded, const float* factors, float* r
 // Turns the totals to what the sums of values are multiplied with; writes the log-sum-exp of n queries.
 inline void finish_softmax(const TimestepAttentionArgs& a, int64_t n, Softmax& softmax, float* lse) {
   const vfloat factor = splat(a.drop_threshold ? survivor_factor(a) : 1.f);
-  for (int64_t i = 0; i < n; ++i) lse[i] = softmax.top[i] + std::log(softmax.total[i]);
-  for (int64_t l = 0; l < n; l += kWidth) store(softmax.total + l, factor / load(softmax.total + l));
+  for (int64_t l = 0; l < n; l += kWidth) {
+    const vfloat total = load(softmax.total + l);
+    write(lse + l, load(softmax.top + l) + log_of_positive(total), n - l);
+    store(softmax.total + l, factor / total);
+  }
 }
 
 template <typename T>
@@ -118,6 +121,32 @@ void plan_key_fetches(const TimestepAttentionArgs& a, Prefetch& ahead, const Key
   fetch_keys<T>(ahead, a, b, h, first, keys.index[end - 1] + 1 - first);
 }
 
+// Whether rows of T are what products read and write.
+template <typename T>
+bool are_plain_rows(const Sizes& s) {
+  return std::is_same_v<T, float> && s.dim == s.padded;
+}
+
+// The scaled queries as columns.
+template <typename T>
+void take_queries(const TimestepAttentionArgs& a, const Sizes& s, Workspace& ws, int64_t b, int64_t h, int64_t i0, int64_t n,
+                  int64_t lanes) {
+  if (n == lanes && !a.rotary && are_plain_rows<T>(s))
+    return transpose(row_of<float>(a.q, b, i0, h), a.q.token, lanes, s.padded, a.scale, ws.columns);
+  gather_rows<T>(a, s, a.q, a.rotary, b, h, i0, n, lanes, ws.rows);
+  transpose(ws.rows, s.padded, lanes, s.padded, a.scale, ws.columns);
+}
+
+// Values times probabilities where all keys are one block: straight to where the rows belong.
+inline void multiply_out(const TimestepAttentionArgs& a, const Sizes& s, Workspace& ws, int64_t b, int64_t h, int64_t i0,
+                         int64_t n, int64_t lanes, float* lse_out) {
+  finish_softmax(a, n, ws.softmax, lse_out);
+  const int64_t row = a.heads * a.dim;
+  multiply<true>(n, s.padded, {ws.keys.count, lanes, s.padded, row, false, nullptr, ws.softmax.total}, ws.scores,
+                 ws.keys.value, static_cast<float*>(a.out) + ((b * a.queries + i0) * a.heads + h) * a.dim, ws.ahead);
+  ws.ahead.finish();
+}
+
 template <typename T>
 void attend_block(const TimestepAttentionArgs& a, const Sizes& s, Workspace& ws, int64_t b, int64_t h, int64_t i0) {
   const int64_t n = std::min(kQueryBlock, a.queries - i0), lanes = align_up(n, kWidth);
@@ -127,8 +156,7 @@ void attend_block(const TimestepAttentionArgs& a, const Sizes& s, Workspace& ws,
     std::fill_n(lse_out, n, -std::numeric_limits<float>::infinity());
     return write_rows<T>(a, s, b, h, i0, n, nullptr, nullptr);
   }
-  gather_rows<T>(a, s, a.q, a.rotary, b, h, i0, n, lanes, ws.rows);
-  transpose(ws.rows, lanes, s.padded, a.scale, ws.columns);
+  take_queries<T>(a, s, ws, b, h, i0, n, lanes);
   const auto add = a.drop_threshold ? &add_keys<true> : &add_keys<false>;
   const int64_t blocks = (keys.count + kKeyBlock - 1) / kKeyBlock;
   for (int64_t block = 0; block < blocks; ++block) {
@@ -139,9 +167,11 @@ void attend_block(const TimestepAttentionArgs& a, const Sizes& s, Workspace& ws,
     multiply<false>(count, lanes, {s.dim, s.padded, lanes, lanes, false, s.bias ? keys.bias + j0 : nullptr},
                     keys.sum + j0 * s.padded, ws.columns, ws.scores, ws.ahead);
     const bool grew = add(a, keys, j0, count, lanes, b * a.heads + h, i0, ws.scores, ws.softmax);
+    if (blocks == 1 && are_plain_rows<T>(s)) return multiply_out(a, s, ws, b, h, i0, n, lanes, lse_out);
     if (block > 0 && grew) scale_rows(n, s.padded, ws.softmax.shrunk, ws.out);
     multiply<true>(n, s.padded, {count, lanes, s.padded, s.padded, block > 0}, ws.scores, keys.value + j0 * s.padded,
                    ws.out, ws.ahead);
+    ws.ahead.finish();
   }
   finish_softmax(a, n, ws.softmax, lse_out);
   write_rows<T>(a, s, b, h, i0, n, ws.out, ws.softmax.total);

@@ -11,19 +11,6 @@ namespace PDS_ISA {
 constexpr int64_t kBlockPanels = 2;   // panels of keys whose scores and probabilities are handled at a time
 constexpr float kSlack = 8.f;         // exponents may be as large before the reference is raised
 
-// Natural logarithm of positive finite numbers, to about 2 ulp; NaN for NaN.
-PDS_INLINE vfloat log_of_positive(vfloat x) {
-  const __m512 mantissa = _mm512_maskz_getmant_ps(0xFFFF, (__m512)x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src);
-  const vfloat exponent = (vfloat)_mm512_maskz_getexp_ps(0xFFFF, _mm512_div_ps((__m512)x, mantissa));
-  const vfloat m = (vfloat)mantissa, s = (m - splat(1.f)) / (m + splat(1.f)), square = s * s;
-  vfloat p = splat(1.f / 9);
-  p = p * square + splat(1.f / 7);
-  p = p * square + splat(1.f / 5);
-  p = p * square + splat(1.f / 3);
-  p = p * square + splat(1.f);
-  return exponent * splat(0.693147181f) + splat(2.f) * s * p;
-}
-
 template <typename T>
 class PairForward {
   using Form = PairForm<T>;

@@ -27,18 +27,6 @@ inline int64_t count_keys(const TimestepAttentionArgs& a, int64_t b) {
   return a.keys - std::count(mask, mask + a.keys, uint8_t{0});
 }
 
-// out[i] = the sum (or largest) of the lanes of row i of 16 rows of 16.
-template <typename Combine>
-PDS_INLINE vfloat fold_rows(const float* rows, Combine combine) {
-  vfloat all[4], four[4];
-  for (int q = 0; q < 4; ++q) {
-    transpose_quad(rows + 4 * q, kWidth, four);
-    all[q] = combine(combine(four[0], four[1]), combine(four[2], four[3]));
-  }
-  return combine(combine(all[0], all[1]), combine(all[2], all[3]));
-}
-PDS_INLINE vfloat add(vfloat a, vfloat b) { return a + b; }
-
 // Where the features of a key or query come from; tau is there only if it turns the row.
 template <typename T>
 struct Row {
