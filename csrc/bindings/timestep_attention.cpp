@@ -70,7 +70,7 @@ void bind_timestep_attention(py::module_& m) {
           a.out = pointer<void>(out);
           run(a, cpu::timestep_attention_forward);
         });
-  // grads as in set_gradients, then the elements between tokens in the gradients of q, and of k and v
+  // grads as in set_gradients, then the elements between tokens in the gradients of q, and of k and v, sum_u and sum_w
   m.def("timestep_attention_backward",
         [](const py::tuple& sizes, bool bf16, float scale, const py::tuple& inputs, Address timesteps, Address u, Address w,
            Address key_mask, int64_t table_rows, uint64_t seed, uint32_t drop_threshold, Address lse, bool rotary,
@@ -83,7 +83,10 @@ void bind_timestep_attention(py::module_& m) {
           set_gradients(a, grads);
           a.grad_q_token = grads[8].cast<int64_t>();
           a.grad_k_token = grads[9].cast<int64_t>();
+          a.sum_u = pointer<void>(grads[10].cast<Address>());
+          a.sum_w = pointer<void>(grads[11].cast<Address>());
           run(a, cpu::timestep_attention_backward);
+          cpu::timestep_attention_sum_biases(a);
         });
 }
 

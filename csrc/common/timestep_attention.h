@@ -44,6 +44,7 @@ struct TimestepAttentionArgs {
   float* grad_table;            // [table_rows, heads, dim], or null: the caller adds up grad_tau_rows
   int64_t table_rows;
   float *grad_u, *grad_w;       // [batch, heads, dim] or null
+  void *sum_u, *sum_w;          // [heads, dim] or null: their sums over the sentences; CPU only
 };
 
 // Dropout bits: the Philox block with counter (key / 8, kAttentionStream, query, first_head + batch * heads + head) serves
@@ -53,5 +54,6 @@ constexpr float kDropUnit = 1.0f / 65536.0f;
 
 PDS_DISPATCH(timestep_attention_forward, TimestepAttentionArgs)
 PDS_DISPATCH(timestep_attention_backward, TimestepAttentionArgs)
+PDS_DISPATCH(timestep_attention_sum_biases, TimestepAttentionArgs)   // sum_u and sum_w, after backward of all sentences
 
 }  // namespace pds

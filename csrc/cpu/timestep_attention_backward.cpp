@@ -170,6 +170,22 @@ class AmxBackward {
 };
 #endif
 
+template <typename T>
+void sum_sentences(const TimestepAttentionArgs& a, const float* parts, void* out) {
+  const int64_t row = a.heads * a.dim;
+  for (int64_t d = 0; d < row && out; d += kWidth) {
+    vfloat sum{};
+    for (int64_t b = 0; b < a.batch; ++b) sum += read(parts + b * row + d, row - d);
+    round_to_memory(static_cast<T*>(out) + d, sum, row - d);
+  }
+}
+
+template <typename T>
+void sum_biases(const TimestepAttentionArgs& a) {
+  sum_sentences<T>(a, a.grad_u, a.sum_u);
+  sum_sentences<T>(a, a.grad_w, a.sum_w);
+}
+
 template <typename Kernel>
 void backward(const TimestepAttentionArgs& a) {
   parallel_ranges(a.batch * a.heads, 1, [&](int64_t begin, int64_t end) {
@@ -186,6 +202,10 @@ void timestep_attention_backward(const TimestepAttentionArgs& args) {
   if (args.bf16 && active_isa() == Isa::amx) return backward<AmxBackward>(args);
 #endif
   args.bf16 ? backward<FloatBackward<uint16_t>>(args) : backward<FloatBackward<float>>(args);
+}
+
+void timestep_attention_sum_biases(const TimestepAttentionArgs& args) {
+  args.bf16 ? sum_biases<uint16_t>(args) : sum_biases<float>(args);
 }
 
 }  // namespace PDS_ISA

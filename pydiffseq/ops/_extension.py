@@ -58,7 +58,10 @@ def _warn_missing() -> None:
 
 def use_kernel(*tensors: Tensor | None) -> bool:
     """Whether all given tensors have a dtype that the CPU kernels take (float32 or bfloat16) and ``_C`` is there."""
-    return all(t is None or t.dtype in KERNEL_DTYPES for t in tensors) and kernels()
+    for tensor in tensors:   # no generator: this runs at every call of every op
+        if tensor is not None and tensor.dtype not in KERNEL_DTYPES:
+            return False
+    return kernels()
 
 
 def pointer(tensor: Tensor | None) -> int:
@@ -122,10 +125,13 @@ def check_shape(name: str, tensor: Tensor, *shapes: tuple[int, ...]) -> None:
 
 def check_same_device(**tensors: Tensor | None) -> None:
     """Raise ``ValueError`` naming the first tensor whose device differs from the first one's."""
-    present = [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
-    first, device = present[0][0], present[0][1].device
-    for name, tensor in present[1:]:
-        if tensor.device != device:
+    first = device = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if device is None:
+            first, device = name, tensor.device
+        elif tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, but {first} is on {device}; put both on one device")
 
 

@@ -9,12 +9,14 @@ from pydiffseq.ops import _cuda, reference
 from pydiffseq.ops._extension import C, autocast, check_same_device, library, pointer, register_autograd, use_kernel
 from pydiffseq.ops.timestep_attention import (
     Packed,
+    bias_gradients,
     check_arguments,
     cpu_arguments,
     cuda_backward_into,
     cuda_forward_into,
     dropout_key,
     heads_of,
+    parts_of,
     sum_by_timestep,
     use_cuda,
 )
@@ -106,7 +108,8 @@ def _forward_cpu(q, k, v, tau, u, w, offsets, key_offsets, timesteps, seed, long
             q, k, v, tau, u, w, offsets, key_offsets, timesteps, seed, longest, longest_key, dropout_p, scale)
     out, lse = _forward_fake(q)
     packed = Packed(offsets, key_offsets, longest, longest_key)
-    arguments, _alive = cpu_arguments(q, k, v, tau, u, w, timesteps, None, seed, dropout_p, scale, False, lse, packed)
+    arguments, _alive = cpu_arguments(
+        parts_of(q, k, v, packed), tau, u, w, timesteps, None, seed, dropout_p, scale, False, lse, packed)
     C.timestep_attention_forward(*arguments, out.data_ptr())
     return out, lse
 
@@ -118,20 +121,20 @@ def _backward_cpu(grad_out, q, k, v, tau, u, w, offsets, key_offsets, timesteps,
             grad_out, q, k, v, tau, u, w, offsets, key_offsets, timesteps, seed, out, lse, longest, longest_key, dropout_p,
             scale)
     lse, packed = lse.contiguous(), Packed(offsets, key_offsets, longest, longest_key)
-    arguments, _alive = cpu_arguments(q, k, v, tau, u, w, timesteps, None, seed, dropout_p, scale, False, lse, packed)
+    arguments, _alive = cpu_arguments(
+        parts_of(q, k, v, packed), tau, u, w, timesteps, None, seed, dropout_p, scale, False, lse, packed)
     grads = [q.new_empty(x.shape) for x in (q, k, v)]
     table = timesteps is not None
     grad_tau = None if tau is None or table else q.new_empty(k.shape)
     grad_rows = q.new_empty(k.shape, dtype=torch.float32) if table else None
-    biases = (offsets.shape[0] - 1, *q.shape[1:])
-    grad_u, grad_w = (None if bias is None else q.new_empty(biases, dtype=torch.float32) for bias in (u, w))
-    written = (*grads, grad_tau, grad_rows, None, grad_u, grad_w)
+    biases, bias_addresses, _sums = bias_gradients(offsets.shape[0] - 1, u, w)
+    written = [pointer(g) for g in (*grads, grad_tau, grad_rows, None)]
     grad_out, grad_out_heads = heads_of(grad_out)
-    strides = grads[0].stride(0), grads[1].stride(0)
-    C.timestep_attention_backward(*arguments, grad_out_heads, (*(pointer(g) for g in written), *strides))
+    C.timestep_attention_backward(*arguments, grad_out_heads, (
+        *written, *bias_addresses[:2], grads[0].stride(0), grads[1].stride(0), *bias_addresses[2:]))
     if grad_rows is not None:
         grad_tau = sum_by_timestep(grad_rows, timesteps, tau)
-    return *grads, grad_tau, *(None if g is None else g.sum(0).to(q.dtype) for g in (grad_u, grad_w))
+    return *grads, grad_tau, *biases
 
 
 def _forward_kernel(q, k, v, tau, u, w, offsets, key_offsets, timesteps, seed, longest, longest_key, dropout_p, scale):

@@ -119,34 +119,35 @@ def check_arguments(q: Tensor, k: Tensor, v: Tensor, tau: Tensor | None, u: Tens
     if q.dim() != 4:
         raise ValueError(f"q must have shape [B, Nq, H, D], got {list(q.shape)}")
     batch, _, heads, dim = q.shape
-    if k.dim() != 4 or k.shape[0] != batch or k.shape[2:] != (heads, dim):
-        raise ValueError(f"k must have shape [{batch}, Nk, {heads}, {dim}] to go with q, got {list(k.shape)}")
-    tokens = (batch, k.shape[1])
-    _check_part("v", v, q, (k.shape,))
+    keys = k.shape
+    if len(keys) != 4 or keys[0] != batch or keys[2:] != (heads, dim):
+        raise ValueError(f"k must have shape [{batch}, Nk, {heads}, {dim}] to go with q, got {list(keys)}")
+    tokens = keys[:2]
+    _check_part("v", v, q, keys)
     if tau is None:
         if w is not None or timesteps is not None:
             given = "timesteps" if w is None else "w"
             raise ValueError(f"{given} was given without tau, the time features it applies to")
     elif timesteps is None:
-        _check_part(time, tau, q, (k.shape,))
+        _check_part(time, tau, q, keys)
     else:
         if tau.dim() != 3 or tau.shape[1:] != (heads, dim):
             raise ValueError(f"{time} with timesteps must be a table of shape [R, {heads}, {dim}], got {list(tau.shape)}")
-        _check_part(time, tau, q, (tau.shape,))
+        _check_part(time, tau, q, tau.shape)
         _check_tokens("timesteps", timesteps, torch.int64, tokens)
     for name, bias in (("u", u), ("w", w)):
         if bias is not None:
-            _check_part(name, bias, q, ((heads, dim),))
+            _check_part(name, bias, q, keys[2:])
     if key_mask is not None:
         _check_tokens("key_mask", key_mask, torch.bool, tokens)
     check_same_device(q=q, k=k, v=v, **{time: tau}, u=u, w=w, timesteps=timesteps, key_mask=key_mask)
 
 
-def _check_part(name: str, tensor: Tensor, q: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
+def _check_part(name: str, tensor: Tensor, q: Tensor, shape: tuple[int, ...]) -> None:
     if tensor.dtype != q.dtype:
         raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {tensor.dtype}")
-    if tensor.shape not in shapes:
-        raise ValueError(f"{name} must have shape {list(shapes[0])}, got {list(tensor.shape)}")
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
 
 
 def _check_tokens(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, int]) -> None:
@@ -185,32 +186,49 @@ def sizes_of(q: Tensor, k: Tensor, packed: Packed | None) -> tuple[int, int, int
     return packed.query_offsets.shape[0] - 1, q.shape[1], packed.queries, packed.keys, q.shape[2]
 
 
-def cpu_arguments(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, rotary, lse, packed=None):
+class Parts(NamedTuple):
+    """Where queries, keys and values lie."""
+
+    sizes: tuple[int, int, int, int, int]     # as of sizes_of
+    heads: tuple[tuple[int, ...], ...]        # as of heads_of
+    tensors: tuple[Tensor | None, ...]        # what must outlive the call
+
+
+def parts_of(q: Tensor, k: Tensor, v: Tensor, packed: Packed | None = None) -> Parts:
+    tensors, heads = zip(*(heads_of(x) for x in (q, k, v)), strict=True)
+    return Parts(sizes_of(q, k, packed), heads, tensors)
+
+
+def cpu_arguments(parts, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, rotary, lse, packed=None):
     """What both bindings take first, and the tensors that must outlive the call."""
-    heads = [heads_of(x) for x in (q, k, v, tau)]
+    tau, tau_heads = heads_of(tau)
     rest = [_contiguous(x) for x in (timesteps, u, w, key_mask)]
     offsets = _offsets(packed)
     threshold = reference.attention_drop_threshold(dropout_p) if seed is not None else 0
     key = int(seed) & 0xFFFFFFFFFFFFFFFF if threshold else 0
     rows = tau.shape[0] if tau is not None and timesteps is not None else 0
-    arguments = (sizes_of(q, k, packed), q.dtype == torch.bfloat16, scale, tuple(t[1] for t in heads),
-                 *(pointer(x) for x in rest), rows, key, threshold, lse.data_ptr(), rotary,
+    arguments = (parts.sizes, parts.tensors[0].dtype == torch.bfloat16, scale, (*parts.heads, tau_heads),
+                 *[pointer(x) for x in rest], rows, key, threshold, lse.data_ptr(), rotary,
                  tuple(pointer(x) for x in offsets))
-    return arguments, (heads, rest, offsets)
+    return arguments, (parts, tau, rest, offsets)
 
 
 def _offsets(packed: Packed | None) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if packed is None else (packed.query_offsets.contiguous(), packed.key_offsets.contiguous())
 
 
-def forward_cpu(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale,
-                 rotary=False) -> tuple[Tensor, Tensor]:
+def _forward_cpu(q, k, v, tau, u, w, *rest):
     if not use_kernel(q, k, v, tau, u, w):
-        return reference.timestep_attention(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, rotary)
-    out, lse = _forward_fake(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale)
-    arguments, _alive = cpu_arguments(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, rotary, lse)
+        return reference.timestep_attention(q, k, v, tau, u, w, *rest)
+    return forward_into(_forward_fake(q), parts_of(q, k, v), tau, u, w, *rest)
+
+
+def forward_into(outputs, parts, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, rotary=False):
+    """The CPU kernel: writes ``outputs``, the op's, and returns them."""
+    out, lse = outputs
+    arguments, _alive = cpu_arguments(parts, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, rotary, lse)
     C.timestep_attention_forward(*arguments, out.data_ptr())
-    return out, lse
+    return outputs
 
 
 def _backward_cpu(grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed, out, lse, dropout_p, scale, rotary=False):
@@ -218,29 +236,42 @@ def _backward_cpu(grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed, out, 
         return reference.timestep_attention_backward(
             grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed, out, lse, dropout_p, scale, rotary)
     grads = q.new_empty(q.shape), q.new_empty(k.shape), q.new_empty(k.shape)
+    written = *(g.data_ptr() for g in grads), grads[0].stride(1), grads[1].stride(1)
     return *grads, *backward_into(
-        grads, grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed, lse, dropout_p, scale, rotary)
+        written, grad_out, parts_of(q, k, v), tau, u, w, timesteps, key_mask, seed, lse, dropout_p, scale, rotary)
 
 
-def backward_into(grads, grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed, lse, dropout_p, scale, rotary):
-    """The CPU kernel: writes ``grads``, those of q, k and v (whose heads and features are contiguous), and returns those of
-    tau, u and w."""
-    lse = lse.contiguous()
-    arguments, _alive = cpu_arguments(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, rotary, lse)
+def backward_into(grads, grad_out, parts, tau, u, w, timesteps, key_mask, seed, lse, dropout_p, scale, rotary):
+    """The CPU kernel: writes the gradients of q, k and v, and returns those of tau, u and w.
+
+    ``grads``: their addresses, and the elements from one token to the next in q's and in those of k and v.
+    """
+    lse = _contiguous(lse)
+    arguments, _alive = cpu_arguments(parts, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, rotary, lse)
+    batch, heads, _, keys, dim = parts.sizes
     table = tau is not None and timesteps is not None
-    grad_tau = None if tau is None or table else q.new_empty(k.shape)
-    grad_rows = q.new_empty(k.shape, dtype=torch.float32) if table else None
-    grad_table = q.new_empty(tau.shape, dtype=torch.float32) if table else None
-    biases = (q.shape[0], *q.shape[2:])
-    grad_u = None if u is None else q.new_empty(biases, dtype=torch.float32)
-    grad_w = None if w is None else q.new_empty(biases, dtype=torch.float32)
-    written = (*grads, grad_tau, grad_rows, grad_table, grad_u, grad_w)
+    rows = (batch, keys, heads, dim)
+    grad_tau = None if tau is None or table else grad_out.new_empty(rows)
+    grad_rows = grad_out.new_empty(rows, dtype=torch.float32) if table else None
+    grad_table = grad_out.new_empty(tau.shape, dtype=torch.float32) if table else None
+    biases, bias_addresses, _sums = bias_gradients(batch, u, w)
     grad_out, grad_out_heads = heads_of(grad_out)
     C.timestep_attention_backward(
-        *arguments, grad_out_heads, (*(pointer(g) for g in written), grads[0].stride(1), grads[1].stride(1)))
-    if table:
-        grad_tau = grad_table.to(q.dtype)
-    return grad_tau, *(None if g is None else g.sum(0).to(q.dtype) for g in (grad_u, grad_w))
+        *arguments, grad_out_heads, (*grads[:3], *[pointer(g) for g in (grad_tau, grad_rows, grad_table)],
+                                     *bias_addresses[:2], *grads[3:], *bias_addresses[2:]))
+    return grad_table.to(grad_out.dtype) if table else grad_tau, *biases
+
+
+def bias_gradients(batch: int, u: Tensor | None, w: Tensor | None):
+    """Gradients of u and w for the CPU kernel to write, the addresses of their sums in each sentence and of them, and what
+    must outlive the call."""
+    biases = [None if bias is None else bias.new_empty(bias.shape) for bias in (u, w)]
+    given = [bias for bias in biases if bias is not None]
+    size = batch * given[0].numel() if given else 0
+    sums = given[0].new_empty((len(given), size), dtype=torch.float32) if given else None
+    first = pointer(sums)
+    second = first + 4 * size * (len(given) - 1)
+    return biases, (first if u is not None else 0, second if w is not None else 0, *[pointer(g) for g in biases]), sums
 
 
 # --- CUDA kernels (csrc/cuda/timestep_attention_*.cu) ---
@@ -276,7 +307,7 @@ def _cuda_arguments(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, sc
 
 def _forward_kernel(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale,
                     rotary=False) -> tuple[Tensor, Tensor]:
-    outputs = _forward_fake(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale)
+    outputs = _forward_fake(q)
     return cuda_forward_into(outputs, q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, rotary)
 
 
@@ -367,7 +398,7 @@ def _backward_cuda(grad_out, q, *arguments):
     return (_backward_kernel if use_cuda(q) else reference.timestep_attention_backward)(grad_out, q, *arguments)
 
 
-for _name, _cpu, _gpu in (("timestep_attention", forward_cpu, _forward_cuda),
+for _name, _cpu, _gpu in (("timestep_attention", _forward_cpu, _forward_cuda),
                           ("timestep_attention_backward", _backward_cpu, _backward_cuda)):
     library.impl(_name, _cpu, "CPU")
     library.impl(_name, _gpu, "CUDA")
@@ -375,7 +406,7 @@ for _name, _cpu, _gpu in (("timestep_attention", forward_cpu, _forward_cuda),
 
 
 @torch.library.register_fake("pydiffseq::timestep_attention", lib=library)
-def _forward_fake(q, k, v, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, rotary=False):
+def _forward_fake(q, *arguments):
     batch, queries, heads, _ = q.shape
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty((batch, heads, queries), dtype=lse_dtype)

@@ -7,12 +7,13 @@ from torch import Tensor
 
 from pydiffseq.ops._extension import autocast, library, register_autograd, use_kernel
 from pydiffseq.ops.timestep_attention import (
+    Parts,
     backward_into,
     check_arguments,
     check_rotation,
     cuda_backward_into,
     dropout_key,
-    forward_cpu,
+    forward_into,
     use_cuda,
 )
 
@@ -42,8 +43,8 @@ def timestep_self_attention(qkv: Tensor, tau: Tensor | None = None, u: Tensor | 
     """
     _check_projection(qkv)
     qkv, tau, u, w = autocast(qkv, tau, u, w)
-    q, k, v = qkv.unbind(2)
-    check_arguments(q, k, v, tau, u, w, timesteps, key_mask)
+    q = qkv.select(2, 0)   # as k and v
+    check_arguments(q, q, q, tau, u, w, timesteps, key_mask)
     if scale is None:
         scale = qkv.shape[4] ** -0.5
     return torch.ops.pydiffseq.timestep_self_attention.default(
@@ -67,8 +68,8 @@ def rotary_timestep_self_attention(qkv: Tensor, rotation: Tensor, *, timesteps: 
     """
     _check_projection(qkv)
     qkv, rotation = autocast(qkv, rotation)
-    q, k, v = qkv.unbind(2)
-    check_rotation(q, k, v, rotation, timesteps, key_mask)
+    q = qkv.select(2, 0)   # as k and v
+    check_rotation(q, q, q, rotation, timesteps, key_mask)
     if scale is None:
         scale = qkv.shape[4] ** -0.5
     return torch.ops.pydiffseq.timestep_self_attention.default(
@@ -84,8 +85,21 @@ def _forward(qkv, *arguments):
     return torch.ops.pydiffseq.timestep_attention.default(*qkv.unbind(2), *arguments)
 
 
-def _forward_cpu(qkv, *arguments):
-    return forward_cpu(*qkv.unbind(2), *arguments)
+def _parts_of(qkv: Tensor) -> Parts:
+    """As ``parts_of`` of ``qkv.unbind(2)``, without three views and their wrappers at every call."""
+    batch, length, _, heads, dim = qkv.shape
+    if qkv.stride(-1) != 1:
+        qkv = qkv.contiguous()
+    sentence, token, part, head, _ = qkv.stride()
+    first, step = qkv.data_ptr(), part * qkv.element_size()
+    return Parts((batch, heads, length, length, dim),
+                 tuple((first + i * step, sentence, token, head) for i in range(3)), (qkv,))
+
+
+def _forward_cpu(qkv, tau, u, w, *arguments):
+    if not use_kernel(qkv, tau, u, w):
+        return _forward(qkv, tau, u, w, *arguments)
+    return forward_into(_forward_fake(qkv), _parts_of(qkv), tau, u, w, *arguments)
 
 
 def _backward_by_parts(grad_out, qkv, *arguments):
@@ -96,9 +110,12 @@ def _backward_by_parts(grad_out, qkv, *arguments):
 def _backward_cpu(grad_out, qkv, tau, u, w, timesteps, key_mask, seed, out, lse, dropout_p, scale, rotary=False):
     if not use_kernel(grad_out, qkv, tau, u, w):
         return _backward_by_parts(grad_out, qkv, tau, u, w, timesteps, key_mask, seed, out, lse, dropout_p, scale, rotary)
-    grad_qkv = qkv.new_empty(qkv.shape)
-    return grad_qkv, *backward_into(grad_qkv.unbind(2), grad_out, *qkv.unbind(2), tau, u, w, timesteps, key_mask, seed, lse,
-                                    dropout_p, scale, rotary)
+    grad_qkv, parts = qkv.new_empty(qkv.shape), _parts_of(qkv)
+    row = grad_qkv.stride(2)
+    first, step = grad_qkv.data_ptr(), row * grad_qkv.element_size()
+    written = first, first + step, first + 2 * step, 3 * row, 3 * row
+    return grad_qkv, *backward_into(
+        written, grad_out, parts, tau, u, w, timesteps, key_mask, seed, lse, dropout_p, scale, rotary)
 
 
 def _backward_cuda(grad_out, qkv, *arguments):
