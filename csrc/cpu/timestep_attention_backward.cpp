@@ -160,7 +160,7 @@ class AmxBackward {
  public:
   explicit AmxBackward(const TimestepAttentionArgs& args) : a(args), few(args), many(args) {}
   void differentiate(int64_t b, int64_t h) {
-    count_keys(a, b) >= PairBackward::kFewestKeys ? many.differentiate(b, h) : few.differentiate(b, h);
+    a.scale > 0 && count_keys(a, b) >= PairBackward::kFewestKeys ? many.differentiate(b, h) : few.differentiate(b, h);
   }
 
  private:

@@ -23,15 +23,15 @@ class PairBackward {
   static constexpr int64_t kFewestKeys = Form::kFewestKeys;
 
   explicit PairBackward(const TimestepAttentionArgs& args)
-      : a(args), s(args, kChunk), blocks(s.padded / kChunk), key_blocks(Form::key_features(a) * blocks) {
+      : a(args), s(args, kChunk), blocks(s.padded / kChunk) {
     static thread_local Scratch scratch;
     const int64_t most = round_up(a.keys, kPanel), all = most / kPanel;
-    scratch.reserve(2 * most + HeadSums::floats(a, s) + all * (key_blocks + 2 * blocks + 3 * kStrips) * kBlock +
+    scratch.reserve(2 * most + HeadSums::floats(a, s) + 3 * all * (blocks + kStrips) * kBlock +
                     (3 + 2 * kStrips) * blocks * kBlock + kStrip * 2 * s.padded + most * 3 * kStrip + 1024);
     keys.index = reinterpret_cast<int32_t*>(scratch.take(most));
     keys.bias = scratch.take(most);
     sums.take(scratch, a, s);
-    key_rows = take_pairs(scratch, all * key_blocks * kBlock);
+    key_rows = take_pairs(scratch, all * blocks * kBlock);
     value_rows = take_pairs(scratch, all * blocks * kBlock);
     key_columns = take_pairs(scratch, all * blocks * kBlock);
     probabilities = take_pairs(scratch, all * kStrips * kBlock);
@@ -96,41 +96,28 @@ class PairBackward {
 
   void gather_panel(int64_t b, int64_t h, int64_t p) {
     const T *u = head_row<T>(a.u, h, a.dim), *w = head_row<T>(a.w, h, a.dim);
-    Bf16Pair *to_keys = key_rows + p * key_blocks * kBlock, *to_values = value_rows + p * blocks * kBlock;
-    const bool timed = a.tau.data && !a.rotary;
-    Row<T> turned_back[kPanel] = {};   // k + tau, or the turned k
-    T* added = reinterpret_cast<T*>(rows);
+    alignas(64) float terms[kPanel * kWidth];
+    Row<T> summed[kPanel];   // k + tau, or the turned k; zeros where there is no key
     for (int64_t i = 0; i < kPanel; ++i) {
       const int64_t at = p * kPanel + i;
       const bool there = at < keys.count;
       const int64_t j = there ? keys.index[at] : 0;
       const Row<T> key = there ? row(a.k, b, j, h) : Row<T>{};
-      const T* tau = timed && there ? tau_row<T>(a, b, j, h) : nullptr;
-      Form::pack_query(key, a.dim, s.padded, i, to_keys);
-      if (timed) Form::pack_query({tau, nullptr}, a.dim, s.padded, i, to_keys + blocks * kBlock);
-      Form::pack_query(there ? row(a.v, b, j, h) : Row<T>{}, a.dim, s.padded, i, to_values);
-      keys.bias[at] = there ? a.scale * kLog2e * key_bias(key.features, tau, u, w) : -std::numeric_limits<float>::infinity();
-      turned_back[i] = timed && there ? Row<T>{add_rows(key.features, tau, added + i * s.padded), nullptr} : key;
+      const T* tau = there && a.tau.data && !a.rotary ? tau_row<T>(a, b, j, h) : nullptr;
+      store(terms + i * kWidth, there ? Form::gather_key(key, tau, u, w, a.dim, s.padded, rows + i * s.padded)
+                                      : splat(-std::numeric_limits<float>::infinity()));
+      summed[i] = {there ? reinterpret_cast<const T*>(rows + i * s.padded) : nullptr, nullptr};
+      Form::pack_query(summed[i], s.padded, s.padded, i, key_rows + p * blocks * kBlock);
+      Form::pack_query(there ? row(a.v, b, j, h) : Row<T>{}, a.dim, s.padded, i, value_rows + p * blocks * kBlock);
     }
-    pack_columns_of_rows(turned_back, key_columns + p * kBlock);
-  }
-
-  float key_bias(const T* k, const T* tau, const T* u, const T* w) const {
-    vfloat sum{};
-    if (u) sum = Form::multiply_rows(sum, k, u, a.dim);
-    if (tau && w) sum = Form::multiply_rows(sum, tau, w, a.dim);
-    return u || w ? add_lanes(sum) : 0.f;
-  }
-
-  const T* add_rows(const T* x, const T* y, T* sum) const {
-    for (int64_t d = 0; d < a.dim; d += kWidth)
-      round_to_memory(sum + d, read(x + d, a.dim - d) + read(y + d, a.dim - d), a.dim - d);
-    return sum;
+    for (int64_t i = 0; i < kPanel; i += kWidth)
+      store(keys.bias + p * kPanel + i, splat(a.scale * kLog2e) * fold_rows(terms + i * kWidth, add));
+    pack_columns_of_rows(summed, key_columns + p * kBlock);
   }
 
   // 32 rows -> [blocks of 32 features], each [32 features][16 pairs of rows] and `panels` blocks from the next.
   void pack_columns_of_rows(const Row<T>* from, Bf16Pair* out) {
-    Form::pack_values(from, a.dim, s.padded, packed);
+    Form::pack_values(from, s.padded, s.padded, packed);
     for (int64_t d = 0; d < blocks; ++d)
       for (int64_t f = 0; f < kChunk; f += 4) {
         vfloat quad[4];
@@ -197,8 +184,8 @@ class PairBackward {
   // The scores of a panel's keys, without the per-key term, and dO V^T.
   void multiply_panel(int64_t p) {
     clear_tiles();
-    for (int64_t k = 0; k < key_blocks; ++k) {
-      Form::multiply(key_rows + (p * key_blocks + k) * kBlock, query_columns + k % blocks * kBlock);
+    for (int64_t k = 0; k < blocks; ++k) {
+      Form::multiply(key_rows + (p * blocks + k) * kBlock, query_columns + k * kBlock);
       ahead.fetch(kWidth / 2);
     }
     store_tiles(scores + p * kPanel * kStrip, kStrip);
@@ -293,7 +280,7 @@ class PairBackward {
 
   const TimestepAttentionArgs& a;
   const Sizes s;
-  const int64_t blocks, key_blocks;          // features, in blocks of 32, and those of a key
+  const int64_t blocks;                      // features, in blocks of 32
   int64_t panels = 0;
   Selected keys;
   HeadSums sums;

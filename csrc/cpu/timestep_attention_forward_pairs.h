@@ -17,16 +17,16 @@ class PairForward {
 
  public:
   explicit PairForward(const TimestepAttentionArgs& args)
-      : a(args), padded(round_up(a.dim, kChunk)), blocks(padded / kChunk), key_blocks(Form::key_features(a) * blocks),
+      : a(args), padded(round_up(a.dim, kChunk)), blocks(padded / kChunk),
         bits_row(a.drop_threshold ? round_up(a.keys, 8) : 0), factor(kLog2e * a.scale) {
     static thread_local Scratch scratch;
     const int64_t most = round_up(a.keys, kPanel), panels = most / kPanel;
-    scratch.reserve(2 * most + panels * (key_blocks + blocks) * Form::kBlock + kWidth * padded +
+    scratch.reserve(2 * most + 2 * panels * blocks * Form::kBlock + kWidth * padded +
                     (blocks + kBlockPanels) * (Form::kBlock + kStrip * kPanel) +
                     kStrip * (2 * kWidth + 1 + bits_row / 2) + 512);
     keys.index = reinterpret_cast<int32_t*>(scratch.take(most));
     keys.bias = scratch.take(most);
-    keys.panels = take_pairs(scratch, panels * key_blocks * Form::kBlock);
+    keys.panels = take_pairs(scratch, panels * blocks * Form::kBlock);
     keys.values = take_pairs(scratch, panels * blocks * Form::kBlock);
     rows = scratch.take(kWidth * padded);
     queries = take_pairs(scratch, blocks * Form::kBlock);
@@ -120,7 +120,7 @@ class PairForward {
     std::fill_n(rows + count * padded, (kWidth - count) * padded, 0.f);
     std::fill_n(terms + count * kWidth, (kWidth - count) * kWidth, -std::numeric_limits<float>::infinity());
     store(keys.bias + at, fold_rows(terms, add));
-    Form::pack_keys(rows, padded, Form::key_features(a), keys.panels + p * key_blocks * Form::kBlock + i);
+    Form::pack_keys(rows, padded, keys.panels + p * blocks * Form::kBlock + i);
   }
 
   void gather_values(int64_t b, int64_t h, int64_t p) {
@@ -139,10 +139,9 @@ class PairForward {
 
   void multiply_keys(const Block& block) {
     for (int64_t p = 0; p < block.panels; ++p) {
-      const Bf16Pair* right = keys.panels + (block.first + p) * key_blocks * Form::kBlock;
+      const Bf16Pair* right = keys.panels + (block.first + p) * blocks * Form::kBlock;
       load_tiles(keys.bias + (block.first + p) * kPanel, 0);
-      for (int64_t k = 0; k < key_blocks; ++k, right += Form::kBlock)
-        Form::multiply(queries + k % blocks * Form::kBlock, right);
+      for (int64_t k = 0; k < blocks; ++k, right += Form::kBlock) Form::multiply(queries + k * Form::kBlock, right);
       store_tiles(scores + p * kStrip * kPanel, kPanel);
     }
   }
@@ -247,7 +246,7 @@ class PairForward {
   };
 
   const TimestepAttentionArgs& a;
-  const int64_t padded, blocks, key_blocks;   // features, in blocks of 32, and those of a key
+  const int64_t padded, blocks;   // features, in blocks of 32
   const int64_t bits_row;
   const float factor;        // of scores: exponents are powers of two
   int64_t panels = 0;

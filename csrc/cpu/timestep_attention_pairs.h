@@ -2,8 +2,7 @@
 //
 // Here scores are [query][key]: sums come out of the tiles with queries as rows, probabilities go back as they are
 // computed, and only keys are transposed. Operands lie in blocks of 16 units of 32 queries, keys or features:
-// * bfloat16: a unit is a pair of neighbours. The keys' features and the time's lie one after the other, and the queries
-//   meet both, so that q . k + q . tau is one product of unrounded operands.
+// * bfloat16: a unit is a pair of neighbours. k + tau is rounded.
 // * float: three parts of each block (bf16_parts.h), whose units are 16 elements apart. Nothing is scaled: what elements
 //   below 2^-110 lose is not seen in scores, nor in sums where a probability is near 1.
 #pragma once
@@ -40,7 +39,6 @@ template <>
 struct PairForm<float> {
   static constexpr int64_t kFewestKeys = 193;   // below that splitting costs as much as the tiles gain
   static constexpr int64_t kBlock = kParts * kBlockUnits;
-  static constexpr int key_features(const TimestepAttentionArgs&) { return 1; }
 
   static PDS_INLINE vfloat exp2(vfloat x) { return exp2_of_nonpositive(x); }
   static PDS_INLINE void multiply(const Bf16Pair* left, const Bf16Pair* right) { multiply_parts(left, right, [] {}); }
@@ -75,7 +73,7 @@ struct PairForm<float> {
     return sum;
   }
   // 16 such rows -> half of the columns of [blocks][16][32].
-  static void pack_keys(const float* rows, int64_t padded, int, Bf16Pair* out) {
+  static void pack_keys(const float* rows, int64_t padded, Bf16Pair* out) {
     for (int64_t d = 0; d < padded; d += kChunk, out += kBlock)
       for (int64_t k = 0; k < kWidth; k += 4) {
         vfloat low[4], high[4];
@@ -115,6 +113,13 @@ PDS_INLINE __m512i round_and_zip(vfloat a, vfloat b) {
   return _mm512_permutexvar_epi16(_mm512_load_si512(lanes), (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
 }
 
+// a + b, rounded.
+PDS_INLINE __m512i add_pairs(__m512i a, __m512i b) {
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
+  return round_and_zip((vfloat)_mm512_slli_epi32(a, 16) + (vfloat)_mm512_slli_epi32(b, 16),
+                       (vfloat)_mm512_and_si512(a, upper) + (vfloat)_mm512_and_si512(b, upper));
+}
+
 // 16 pairs of neighbouring features from d on, turned (timestep_attention_rotary.h).
 PDS_INLINE __m512i turn_pairs(const uint16_t* tau, int64_t dim, int64_t d, __m512i x) {
   const auto read_floats = [&](const uint16_t* p) {
@@ -141,7 +146,6 @@ template <>
 struct PairForm<uint16_t> {
   static constexpr int64_t kFewestKeys = 17;
   static constexpr int64_t kBlock = kBlockUnits;
-  static int key_features(const TimestepAttentionArgs& a) { return a.tau.data && !a.rotary ? 2 : 1; }   // k, tau
 
   static PDS_INLINE vfloat exp2(vfloat x) { return rough_exp2_of_nonpositive(x); }
   static PDS_INLINE void multiply(const Bf16Pair* left, const Bf16Pair* right) {
@@ -168,21 +172,21 @@ struct PairForm<uint16_t> {
                                      (__m512bh)read_pairs(b + d, dim - d));
     return sum;
   }
-  // Writes k and tau, or the turned k. Returns the per-key term, spread over the lanes.
+  // Writes k + tau, rounded, or the turned k. Returns the per-key term, spread over the lanes.
   static PDS_INLINE vfloat gather_key(Row<uint16_t> k, const uint16_t* tau, const uint16_t* u, const uint16_t* w,
                                       int64_t dim, int64_t padded, float* out) {
     uint16_t* to = reinterpret_cast<uint16_t*>(out);
     for (int64_t d = 0; d < padded; d += 32) {
-      _mm512_storeu_si512(to + d, get(k, dim, d));
-      if (tau) _mm512_storeu_si512(to + padded + d, read_pairs(tau + d, dim - d));
+      const __m512i x = get(k, dim, d);
+      _mm512_storeu_si512(to + d, tau ? add_pairs(x, read_pairs(tau + d, dim - d)) : x);
     }
     vfloat sum{};
     if (u) sum = multiply_rows(sum, k.features, u, dim);
     if (tau && w) sum = multiply_rows(sum, tau, w, dim);
     return sum;
   }
-  static void pack_keys(const float* rows, int64_t padded, int features, Bf16Pair* out) {
-    for (int64_t k = 0; k < features * padded / 2; k += 4) {
+  static void pack_keys(const float* rows, int64_t padded, Bf16Pair* out) {
+    for (int64_t k = 0; k < padded / 2; k += 4) {
       vfloat quad[4];
       transpose_quad(rows + k, padded, quad);
       for (int c = 0; c < 4; ++c) _mm512_storeu_si512(out + (k + c) * kPanel, (__m512i)quad[c]);
