@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <string>
 
 #include "bindings/timestep_attention.h"
@@ -56,9 +57,21 @@ void run(const TimestepAttentionArgs& a, Kernel kernel) {
   }
 }
 
+// (first, last, least and most tokens of a sentence) of `count` offsets.
+py::tuple offsets_range(Address address, int64_t count) {
+  const int64_t* offsets = pointer<const int64_t>(address);
+  int64_t least = count > 1 ? offsets[1] - offsets[0] : 0, most = least;
+  for (int64_t b = 1; b + 1 < count; ++b) {
+    const int64_t length = offsets[b + 1] - offsets[b];
+    least = std::min(least, length), most = std::max(most, length);
+  }
+  return py::make_tuple(offsets[0], offsets[count - 1], least, most);
+}
+
 }  // namespace
 
 void bind_timestep_attention(py::module_& m) {
+  m.def("offsets_range", &offsets_range);
   m.def("timestep_attention_forward",
         [](const py::tuple& sizes, bool bf16, float scale, const py::tuple& inputs, Address timesteps, Address u, Address w,
            Address key_mask, int64_t table_rows, uint64_t seed, uint32_t drop_threshold, Address lse, bool rotary,

@@ -9,9 +9,10 @@ namespace PDS_ISA {
 namespace {
 
 constexpr int64_t kTallRows = 32;              // rows of a block
-constexpr int64_t kMostTileRows = 192;         // rows of a task, which stay in L2 while the panels of the weight pass:
+constexpr int64_t kMostTileRows = 384;         // rows of a task, which stay in L2 while the panels of the weight pass:
 constexpr int64_t kTileRowBytes = 600 << 10;   // they are fewer if they take more than this,
 constexpr int64_t kLeastTileRows = 96;         // but not fewer than these
+constexpr int64_t kManyPanels = 40;
 constexpr int64_t kLongStretch = 8;            // chunks of a panel whose parts are made at a time: two of these stay in L2,
 constexpr int64_t kShortStretch = 1;           // or in L1, where only one block of rows meets them
 
@@ -45,17 +46,19 @@ struct TileProduct {
   const Layout<Bf16Pair, kSplit ? 2 : 1> layout;
   const int64_t width;    // columns of out
   const int64_t chunks;   // of 16 units
-  int64_t block, groups;  // rows of a task, and into how many parts the panels are split
+  int64_t strips;         // of 32 rows
+  int64_t blocks, groups; // into how many parts the strips and the panels are split
 
   explicit TileProduct(const LinearArgs& a)
       : args(a), layout(a), width(a.geglu ? a.columns / 2 : a.columns), chunks(layout.depth / 16) {
-    const int64_t threads = num_threads(), fair = round_up((args.rows + 2 * threads - 1) / (2 * threads), kTallRows);
-    const int64_t small = kTileRowBytes / std::max<int64_t>(1, layout.depth * kPieces * 4);
-    const int64_t fitting = std::min(kMostTileRows, std::max(kLeastTileRows, small));
-    block = std::min(fair, std::max<int64_t>(1, fitting / kTallRows) * kTallRows);
-    const int64_t blocks = (args.rows + block - 1) / block;
-    const int64_t wanted = threads == 1 ? 1 : blocks == 1 ? threads : 4 * threads;
-    groups = std::min(layout.panels, (wanted + blocks - 1) / blocks);
+    const int64_t threads = num_threads(), small = kTileRowBytes / std::max<int64_t>(1, layout.depth * kPieces * 4);
+    const int64_t fitting = std::min(kMostTileRows, std::max(kLeastTileRows, small)) / kTallRows;
+    strips = (args.rows + kTallRows - 1) / kTallRows;
+    blocks = (strips + fitting - 1) / fitting;
+    // Few panels: packing the rows for each group of them would cost more than what larger blocks save.
+    if (layout.panels < kManyPanels) blocks = std::max(blocks, std::min(strips, 2 * threads));
+    const int64_t tasks = threads == 1 ? 1 : strips == 1 ? threads : 2 * threads;
+    groups = std::min(layout.panels, (tasks + blocks - 1) / blocks);
   }
 
   // Sums of up to 32 rows and one panel, on their way to `out`, row by row.
@@ -266,18 +269,17 @@ struct TileProduct {
   }
 
   void run() const {
-    const int64_t blocks = (args.rows + block - 1) / block;
+    const auto panels = [&](int64_t g) { return layout.panels * g / groups; };
     if (blocks == 1) {
       const Source all(*this, 0, args.rows);
       return parallel_for(groups, [&](int64_t g) {
-        const int64_t begin = layout.panels * g / groups, end = layout.panels * (g + 1) / groups;
-        args.rows > 16 ? task(all, begin, end) : short_task(all, begin, end);
+        args.rows > 16 ? task(all, panels(g), panels(g + 1)) : short_task(all, panels(g), panels(g + 1));
       });
     }
     parallel_for(blocks * groups, [&](int64_t i) {
-      const int64_t first = i / groups * block, g = i % groups;
-      const Source source(*this, first, std::min(block, args.rows - first));
-      task(source, layout.panels * g / groups, layout.panels * (g + 1) / groups);
+      const int64_t b = i / groups, g = i % groups, first = strips * b / blocks * kTallRows;
+      const int64_t last = std::min(args.rows, strips * (b + 1) / blocks * kTallRows);
+      task(Source(*this, first, last - first), panels(g), panels(g + 1));
     });
   }
 };

@@ -92,14 +92,21 @@ def check_offsets(name: str, offsets: Tensor, tokens: Tensor, longest: int | Non
     check_same_device(q=tokens, **{name: offsets})
     if torch.compiler.is_compiling() or (longest is not None and offsets.device.type != "cpu"):
         return int((offsets[1:] - offsets[:-1]).max()) if longest is None else longest
-    lengths = offsets[1:] - offsets[:-1]
-    first, last, least, most = torch.stack(
-        [offsets[0], offsets[-1], *(torch.aminmax(lengths) if lengths.numel() else (offsets[0], offsets[0]))]).tolist()
+    first, last, least, most = _range(offsets)
     if first != 0 or least < 0 or last != tokens.shape[0]:
         raise ValueError(f"{name} must ascend from 0 to the number of tokens, {tokens.shape[0]}, got {offsets.tolist()}")
     if longest is not None and most > longest:
         raise ValueError(f"{name} has a sentence of {most} tokens, but the longest was said to have {longest}")
     return most if longest is None else longest
+
+
+def _range(offsets: Tensor) -> list[int]:
+    """First and last offset, least and most tokens of a sentence."""
+    if C is not None and offsets.device.type == "cpu" and offsets.is_contiguous():
+        return C.offsets_range(offsets.data_ptr(), len(offsets))
+    lengths = offsets[1:] - offsets[:-1]
+    extremes = torch.aminmax(lengths) if lengths.numel() else (offsets[0] * 0,) * 2
+    return torch.stack([offsets[0], offsets[-1], *extremes]).tolist()
 
 
 def _forward_cpu(q, k, v, tau, u, w, offsets, key_offsets, timesteps, seed, longest, longest_key, dropout_p, scale):
