@@ -14,12 +14,13 @@ LENGTH_POLICIES = ("pad", "predict")
 CE_TARGETS = ("x0", "pred")
 LOSS_SCOPES = ("all", "target", "nonpad")
 LOGITS = ("dot", "distance")
+POSITION_STARTS = ("random", "sinusoidal")
 
 # Every option of any model whose value is one of a few names.
 CHOICES = {
     "noise_schedule": tuple(SCHEDULES), "timestep_sampler": tuple(TIMESTEP_SAMPLERS), "time_injection": INJECTIONS,
     "length_policy": LENGTH_POLICIES, "length_feature": LENGTH_FEATURES, "ce_on": CE_TARGETS,
-    "loss_scope": LOSS_SCOPES, "logits": LOGITS,
+    "loss_scope": LOSS_SCOPES, "logits": LOGITS, "position_start": POSITION_STARTS,
 }
 
 

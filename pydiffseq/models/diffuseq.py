@@ -14,7 +14,7 @@ from pydiffseq.models.losses import Losses
 from pydiffseq.models.sequence import Part, framed, splice, splice_index, trimmed_lengths, words_of
 from pydiffseq.nn.length import LengthHead
 from pydiffseq.nn.projection import Projection
-from pydiffseq.nn.time import TimeFeatures, TimeMLP
+from pydiffseq.nn.time import TimeFeatures, TimeMLP, sinusoids
 from pydiffseq.nn.transformer import LN_EPS, EncoderLayer
 
 
@@ -72,6 +72,8 @@ class DiffuSeq(DiffusionModel):
         self.input_up = Projection(input_dim, hidden, hidden) if input_dim != hidden else nn.Identity()
         self.output_down = Projection(hidden, hidden, c.latent_dim) if c.latent_dim != hidden else nn.Identity()
         self.positions = nn.Embedding(c.positions, hidden)
+        if c.position_start == "sinusoidal":
+            self.positions.weight.data = sinusoids(torch.arange(c.positions, dtype=torch.float64), hidden)
         self.time_features = TimeFeatures(c.diffusion_steps, c.time_dim)
         self.time_mlp = TimeMLP(c.time_dim, hidden)
         self.input_norm = nn.LayerNorm(hidden, LN_EPS)
@@ -174,7 +176,10 @@ class DiffuSeq(DiffusionModel):
             timesteps = timesteps[:, :1]   # one for the sentence, so the same for all its tokens
         h = x + base if isinstance(self.input_up, nn.Identity) else self.input_up(x, base)
         h = h + self.time_mlp(self.time_features(timesteps, x.dtype))
-        h = ops.dropout(self.input_norm(h), self.config.dropout, training=self.training)
+        h = self.input_norm(h)
+        if self.config.positions_after_norm:
+            h = h + base.to(h.dtype)
+        h = ops.dropout(h, self.config.dropout, training=self.training)
         for layer in self.layers:
             h = layer(h, real)
         return h if self.final_norm is None else self.final_norm(h)

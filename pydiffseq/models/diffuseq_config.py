@@ -18,6 +18,11 @@ class DiffuSeqConfig(ModelConfig):
     sequence_length: int = option(128, "most tokens of source, separators and target together; with length_policy=pad "
                                        "every sequence has this length")
     positions: int = option(512, "rows of the position table, at least sequence_length")
+    position_start: str = option("random", "what the position table starts as: random (published) or sinusoidal, from "
+                                           "which attention to a neighbour is learned sooner")
+    positions_after_norm: bool = option(False, "add the positions (and the embedding of the target length) again behind "
+                                               "the layer norm of the input, before which the time embedding grows to "
+                                               "many times their size")
     loss_scope: str = option("all", "positions that are scored: all (source and padding too, as published), target "
                                     "(with its padding) or nonpad (the target's tokens)")
     clean_source: bool = option(False, "no sqrt(1 - abar_0) noise on the source's embeddings in training (published: "

@@ -11,16 +11,19 @@ from torch import Tensor, nn
 from pydiffseq import ops
 
 
-def sinusoid_table(steps: int, dim: int) -> Tensor:
-    """Features of every timestep, float32 ``[steps, dim]``: ``[cos, sin]`` of the rescaled time ``t * 1000 / steps``.
+def sinusoids(numbers: Tensor, dim: int) -> Tensor:
+    """``[cos, sin]`` of float64 ``[n]`` times falling frequencies, float32 ``[n, dim]``.
 
     Frequencies are ``exp(-ln(10000) i / (dim/2))`` (DiffuSeq and AR-Diffusion put the cosines first).
     """
     half = dim // 2
-    frequency = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float64) / half)
-    angle = (torch.arange(steps, dtype=torch.float64) * (1000.0 / steps))[:, None] * frequency
-    table = torch.cat([angle.cos(), angle.sin()], dim=-1)
-    return F.pad(table, (0, dim % 2)).float()
+    angle = numbers[:, None] * torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float64) / half)
+    return F.pad(torch.cat([angle.cos(), angle.sin()], dim=-1), (0, dim % 2)).float()
+
+
+def sinusoid_table(steps: int, dim: int) -> Tensor:
+    """Features of every timestep, float32 ``[steps, dim]``: sinusoids of the rescaled time ``t * 1000 / steps``."""
+    return sinusoids(torch.arange(steps, dtype=torch.float64) * (1000.0 / steps), dim)
 
 
 class TimeFeatures(nn.Module):

@@ -18,7 +18,7 @@ TINY = DiffuSeqConfig(
 PLUS = {
     "length_policy": "predict", "length_relative": True, "self_conditioning": 0.5, "noise_factor": 4.0,
     "embedding_norm": True, "clean_x0": True, "ce_on": "pred", "label_smoothing": 0.1, "encoder_pre_norm": True,
-    "loss_scope": "target", "timestep_sampler": "uniform"}
+    "loss_scope": "target", "timestep_sampler": "uniform", "position_start": "sinusoidal", "positions_after_norm": True}
 RECIPES = {"published": {}, "predict": {"length_policy": "predict"}, "distance": {"logits": "distance"}, "plus": PLUS,
            "v2": {"soft_absorb": True, "discrete_noise": 0.5},
            "token times": PLUS | {"timestep_sampler": "xy_uniform"},
@@ -260,7 +260,28 @@ def test_distance_logits():
     assert torch.equal(model.embedding.likeliest(x), scores.argmax(-1))
 
 
+def test_sinusoidal_positions_turn_by_the_same_angles_from_token_to_token():
+    table = tiny(position_start="sinusoidal").positions.weight.detach().double()
+    pairs = torch.view_as_complex(torch.stack(table.chunk(2, -1), -1).contiguous())
+    turned = pairs[1:] / pairs[:-1]
+    torch.testing.assert_close(turned, turned[:1].expand_as(turned), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(turned[0, 0].angle(), torch.tensor(1.0, dtype=torch.float64))
+
+
+@torch.no_grad()
+def test_positions_after_the_norm_are_not_drowned_by_the_time_embedding():
+    """With a large time embedding, only they tell the tokens of a target apart."""
+    def spread(**options):
+        model = tiny(**options)
+        model.time_mlp.down.weight.mul_(1e4)
+        x0_hat = model.denoise(torch.zeros(1, 4, 8), torch.full((1, 4), 5), model.encode(SOURCE[:1]))
+        return (x0_hat - x0_hat.mean(1, keepdim=True)).norm() / x0_hat.norm()
+
+    assert spread(positions_after_norm=True) > 100 * spread()
+
+
 @pytest.mark.parametrize(("changes", "message"), [
+    ({"position_start": "zero"}, "position_start must be one of random, sinusoidal, got 'zero'"),
     ({"loss_scope": "source"}, "loss_scope must be one of all, target, nonpad, got 'source'"),
     ({"logits": "cosine"}, "logits must be one of dot, distance"), ({"sequence_length": 4}, "sequence_length must be >= 8"),
     ({"positions": 15}, "positions must be at least sequence_length, got 15 and 16"),
