@@ -32,8 +32,7 @@ ARCHITECTURES: dict[str, dict[str, dict[str, Any]]] = {
             "positions": 128},
         "diffuseq_plus": {
             "latent_dim": 64, "time_dim": 64, "hidden_dim": 256, "ffn_dim": 1024, "heads": 4, "encoder_layers": 6,
-            "positions": 128, "position_start": "sinusoidal", "positions_after_norm": True,
-            "dropout": 0.1, "attention_dropout": 0.0, "timestep_sampler": "uniform",
+            "positions": 128, "dropout": 0.1, "attention_dropout": 0.0, "timestep_sampler": "uniform",
             "length_policy": "predict", "length_relative": True, "loss_scope": "target", "self_conditioning": 0.5,
             "noise_factor": 4.0, "embedding_norm": True, "clean_x0": True, "ce_on": "pred", "label_smoothing": 0.1,
             "encoder_pre_norm": True, "ema_rate": 0.999},
