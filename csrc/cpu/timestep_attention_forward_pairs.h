@@ -1,6 +1,8 @@
 // Forward of timestep attention on AMX tiles: see timestep_attention_pairs.h.
 //
-// A strip of 32 queries passes over the keys in blocks of 64, whose scores and probabilities stay in the first-level cache.
+// Scores are [query][key]: sums come out of the tiles with queries as rows, probabilities go back as they are computed, and
+// only keys are transposed. A strip of 32 queries passes over the keys in blocks of 64, whose scores and probabilities stay
+// in the first-level cache.
 #pragma once
 #include "cpu/timestep_attention_pairs.h"
 

@@ -1,7 +1,7 @@
-// What forward of timestep attention packs for AMX tiles, which multiply pairs of bfloat16 (gemm.h).
+// What timestep attention packs for AMX tiles, which multiply pairs of bfloat16 (gemm.h): both types in forward, bfloat16 in
+// backward.
 //
-// Here scores are [query][key]: sums come out of the tiles with queries as rows, probabilities go back as they are
-// computed, and only keys are transposed. Operands lie in blocks of 16 units of 32 queries, keys or features:
+// Operands lie in blocks of 16 units of 32 queries, keys or features:
 // * bfloat16: a unit is a pair of neighbours. k + tau is rounded.
 // * float: three parts of each block (bf16_parts.h), whose units are 16 elements apart. Nothing is scaled: what elements
 //   below 2^-110 lose is not seen in scores, nor in sums where a probability is near 1.
