@@ -2,6 +2,7 @@
 #include "bindings/module.h"
 
 #include "cpu/dispatch.h"
+#include "cpu/memory.h"
 #include "cpu/parallel.h"
 #if PDS_CUDA
 #include "bindings/cuda/cuda.h"
@@ -17,6 +18,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_num_threads", &pds::set_num_threads);
   m.def("num_threads", &pds::num_threads);
   m.def("use_openmp_library", &pds::use_openmp_library);
+  m.def("use_huge_pages", [](uintptr_t data, int64_t bytes) { pds::use_huge_pages(reinterpret_cast<void*>(data), bytes); });
   m.attr("has_cuda") = bool(PDS_CUDA);
   pds::bind_noise(m);
   pds::bind_dropout(m);

@@ -25,6 +25,11 @@ class Prefetch {
 
   void clear() { size_ = next_ = 0; }
   bool empty() const { return next_ == size_; }
+  int64_t lines() const {   // left to fetch
+    int64_t sum = 0;
+    for (int i = next_; i < size_; ++i) sum += parts_[i].lines;
+    return sum;
+  }
 
   // `rows` rows of `bytes`, `stride` bytes apart.
   void add(const void* first, int64_t stride, int64_t rows, int64_t bytes) {

@@ -202,7 +202,7 @@ class AmxForward {
   explicit AmxForward(const TimestepAttentionArgs& args) : a(args), few(args), many(args) {}
   void begin(int64_t b, int64_t h) {
     pairs = a.scale > 0 && count_keys(a, b) >= PairForm<T>::kFewestKeys;
-    pairs ? many.gather(b, h) : few.begin(b, h);
+    pairs ? many.begin(b) : few.begin(b, h);
   }
   void attend(int64_t b, int64_t h, int64_t begin, int64_t end) {
     pairs ? many.attend(b, h, begin, end) : few.attend(b, h, begin, end);

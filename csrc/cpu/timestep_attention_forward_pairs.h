@@ -41,27 +41,24 @@ class PairForward {
     bits = reinterpret_cast<uint16_t*>(scratch.take(kStrip * bits_row / 2 + 1));
   }
 
-  // Packs the keys and values of a head.
-  void gather(int64_t b, int64_t h) {
+  // Selects the keys of a head; they are packed as its first queries come to them.
+  void begin(int64_t b) {
     select_keys(a, b, keys);
     panels = round_up(keys.count, kPanel) / kPanel;
+    gathered = 0;
     std::fill_n(keys.index + keys.count, panels * kPanel - keys.count, 0);
-    for (int64_t p = 0; p < panels; ++p) {
-      if (p + 1 < panels) fetch_panel(b, h, p + 1);
-      for (int64_t i = 0; i < kPanel; i += kWidth) gather_keys(b, h, p, i);
-      gather_values(b, h, p);
-    }
   }
 
   void attend(int64_t b, int64_t h, int64_t begin, int64_t end) {
     const auto exponentiate = a.drop_threshold ? &PairForward::exponentiate<true> : &PairForward::exponentiate<false>;
     for (int64_t i0 = begin; i0 < end; i0 += kStrip) {
       const int64_t n = std::min(kStrip, end - i0);
-      fetch_strip(b, h, i0 + kStrip);
       start_strip(b, h, i0, n);
       if (a.drop_threshold) draw_bits(b * a.heads + h, i0, n);
       for (int64_t p = 0; p < panels; p += kBlockPanels) {
         const Block block{p, std::min(kBlockPanels, panels - p), n};
+        for (; gathered < p + block.panels; ++gathered) gather_panel(b, h, gathered);
+        plan_fetches(b, h, i0, block);
         multiply_keys(block);
         set_reference(block);
         (this->*exponentiate)(block);
@@ -83,31 +80,29 @@ class PairForward {
 
   // ---- rows that are needed soon: they lie too far apart for the processor to foresee them ----
 
-  PDS_INLINE void fetch_row(const T* row) const {
-    for (int64_t d = 0; d < a.dim; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + d);
-  }
-  void fetch_panel(int64_t b, int64_t h, int64_t p) const {
-    for (int64_t at = p * kPanel; at < std::min((p + 1) * kPanel, keys.count); ++at) {
-      const int64_t j = keys.index[at];
-      fetch_row(row_of<T>(a.k, b, j, h));
-      fetch_row(row_of<T>(a.v, b, j, h));
-      if (a.tau.data && !a.timesteps) fetch_row(row_of<T>(a.tau, b, j, h));
-    }
-  }
-  // The strip from query i0 on, or if there is none, the first ones of the next head with its first keys.
-  void fetch_strip(int64_t b, int64_t h, int64_t i0) const {
-    if (i0 >= a.queries) {
-      if (++h == a.heads) return;
-      i0 = 0;
-      fetch_panel(b, h, 0);
-    }
-    for (int64_t i = i0; i < std::min(i0 + kStrip, a.queries); ++i) {
-      fetch_row(row_of<T>(a.q, b, i, h));
-      fetch_row(static_cast<const T*>(a.out) + ((b * a.queries + i) * a.heads + h) * a.dim);
-    }
+  // What this strip writes and the next one reads, a share in each block of keys, and the keys after those gathered.
+  void plan_fetches(int64_t b, int64_t h, int64_t i0, const Block& block) {
+    ahead.clear();
+    const auto rows = [&](const HeadTensor& t, int64_t head, int64_t i) {
+      const int64_t n = std::max<int64_t>(0, std::min(kStrip, a.queries - i)), end = block.first + block.panels;
+      fetch_rows<T>(ahead, t, b, head, i + n * block.first / panels, n * end / panels - n * block.first / panels, a.dim);
+    };
+    rows(tokens_apart(a, a.out, a.queries, a.heads * a.dim), h, i0);
+    const bool last = i0 + kStrip >= a.queries, next_head = last && h + 1 < a.heads;
+    if (!last || next_head) rows(a.q, h + next_head, next_head ? 0 : i0 + kStrip);
+    const int64_t from = gathered * kPanel, to = std::min(from + kBlockPanels * kPanel, keys.count);
+    if (from < to) fetch_keys<T>(ahead, a, b, h, keys.index[from], keys.index[to - 1] + 1 - keys.index[from]);
+    else if (next_head && block.first + block.panels == panels)
+      fetch_keys<T>(ahead, a, b, h + 1, 0, std::min(kBlockPanels * kPanel, a.keys));
+    pace = ahead.lines() / (2 * block.panels * blocks + kStrip / 4) + 1;
   }
 
   // ---- keys and values ----
+
+  void gather_panel(int64_t b, int64_t h, int64_t p) {
+    for (int64_t i = 0; i < kPanel; i += kWidth) gather_keys(b, h, p, i);
+    gather_values(b, h, p);
+  }
 
   // Keys i .. i+15 of panel p.
   void gather_keys(int64_t b, int64_t h, int64_t p, int64_t i) {
@@ -143,7 +138,10 @@ class PairForward {
     for (int64_t p = 0; p < block.panels; ++p) {
       const Bf16Pair* right = keys.panels + (block.first + p) * blocks * Form::kBlock;
       load_tiles(keys.bias + (block.first + p) * kPanel, 0);
-      for (int64_t k = 0; k < blocks; ++k, right += Form::kBlock) Form::multiply(queries + k * Form::kBlock, right);
+      for (int64_t k = 0; k < blocks; ++k, right += Form::kBlock) {
+        Form::multiply(queries + k * Form::kBlock, right);
+        ahead.fetch(pace);
+      }
       store_tiles(scores + p * kStrip * kPanel, kPanel);
     }
   }
@@ -152,8 +150,10 @@ class PairForward {
     for (int64_t d = 0; d < blocks; ++d) {
       float* sums = out + d * kStrip * kPanel;
       block.first ? load_tiles(sums, kPanel) : clear_tiles();
-      for (int64_t p = 0; p < block.panels; ++p)
+      for (int64_t p = 0; p < block.panels; ++p) {
         Form::multiply(probabilities + p * Form::kBlock, keys.values + ((block.first + p) * blocks + d) * Form::kBlock);
+        ahead.fetch(pace);
+      }
       store_tiles(sums, kPanel);
     }
   }
@@ -192,6 +192,7 @@ class PairForward {
   template <bool kDropout>
   void exponentiate(const Block& block) {
     for (int64_t i = 0; i < block.n; ++i) {
+      if (i % 4 == 0) ahead.fetch(pace);
       const vfloat offset = splat(-factor * reference[i]);
       vfloat sum = load(total + i * kWidth);
       for (int64_t p = 0; p < block.panels; ++p) {
@@ -251,7 +252,7 @@ class PairForward {
   const int64_t padded, blocks;   // features, in blocks of 32
   const int64_t bits_row;
   const float factor;        // of scores: exponents are powers of two
-  int64_t panels = 0;
+  int64_t panels = 0, gathered = 0;
   Packed keys;
   float* rows;               // [16][padded]
   Bf16Pair* queries;         // [blocks]
@@ -260,6 +261,8 @@ class PairForward {
   float* out;                // [blocks][32][32]: values times probabilities so far
   float *total, *largest;    // [32][16]: of the probabilities and of the scores, spread over the lanes
   float* reference;          // [32]: what the exponents are relative to
+  Prefetch ahead;
+  int64_t pace = 0;          // lines to fetch per product
   uint16_t* bits;            // [32][bits_row]: dropout's, by position of the key
   [[maybe_unused]] const AmxEngine::Session session{};
 };

@@ -16,6 +16,7 @@ from pydiffseq.ops._extension import (
     check_shape,
     draw_seed,
     library,
+    output_pointer,
     pointer,
     register_autograd,
     use_kernel,
@@ -93,7 +94,7 @@ def _dropout_cpu(x: Tensor, p: float, seed: Tensor) -> Tensor:
         return reference.dropout(x, p, seed)
     x = x.contiguous()
     out = x.new_empty(x.shape)
-    C.dropout(x.data_ptr(), 0, out.data_ptr(), x.numel(), seed.data_ptr(), reference.dropout_threshold(p),
+    C.dropout(x.data_ptr(), 0, output_pointer(out), x.numel(), seed.data_ptr(), reference.dropout_threshold(p),
               x.dtype == torch.bfloat16)
     return out
 
@@ -103,7 +104,7 @@ def _dropout_add_cpu(x: Tensor, residual: Tensor, p: float, seed: Tensor) -> Ten
         return reference.dropout_add(x, residual, p, seed)
     x, residual = x.contiguous(), residual.contiguous()
     out = x.new_empty(x.shape)
-    C.dropout(pointer(x), pointer(residual), pointer(out), x.numel(), pointer(seed), reference.dropout_threshold(p),
+    C.dropout(pointer(x), pointer(residual), output_pointer(out), x.numel(), pointer(seed), reference.dropout_threshold(p),
               x.dtype == torch.bfloat16)
     return out
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pydiffseq.ops import _cuda, reference
-from pydiffseq.ops._extension import C, check_float, library, pointer, register_autograd, use_kernel
+from pydiffseq.ops._extension import C, check_float, library, output_pointer, pointer, register_autograd, use_kernel
 
 library.define("geglu(Tensor x) -> Tensor")
 library.define("geglu_backward(Tensor grad, Tensor x) -> Tensor")
@@ -50,7 +50,7 @@ def _geglu_cpu(x: Tensor) -> Tensor:
     x = x.contiguous()
     out = _geglu_fake(x)
     columns = out.shape[-1]
-    C.geglu(0, pointer(x), pointer(out), out.numel() // max(1, columns), columns, x.dtype == torch.bfloat16)
+    C.geglu(0, pointer(x), output_pointer(out), out.numel() // max(1, columns), columns, x.dtype == torch.bfloat16)
     return out
 
 
@@ -60,7 +60,7 @@ def _geglu_backward_cpu(grad: Tensor, x: Tensor) -> Tensor:
     grad, x = grad.contiguous(), x.contiguous()
     out = x.new_empty(x.shape)
     columns = grad.shape[-1]
-    C.geglu_backward(pointer(grad), pointer(x), pointer(out), grad.numel() // max(1, columns), columns,
+    C.geglu_backward(pointer(grad), pointer(x), output_pointer(out), grad.numel() // max(1, columns), columns,
                      x.dtype == torch.bfloat16)
     return out
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pydiffseq.ops import reference
-from pydiffseq.ops._extension import C, library, pointer, use_kernel
+from pydiffseq.ops._extension import C, library, output_pointer, pointer, use_kernel
 
 library.define("linear(Tensor x, Tensor packed, Tensor weight, Tensor? bias, Tensor? residual, bool geglu) -> Tensor")
 
@@ -88,7 +88,7 @@ def _linear_cpu(x: Tensor, packed: Tensor, weight: Tensor, bias: Tensor | None, 
     residual = None if residual is None else residual.contiguous()
     out = _linear_fake(x, packed, weight, bias, residual, geglu)
     columns, depth = weight.shape
-    C.linear(pointer(x), pointer(packed), pointer(residual), pointer(out), x.shape[:-1].numel(), columns, depth,
+    C.linear(pointer(x), pointer(packed), pointer(residual), output_pointer(out), x.shape[:-1].numel(), columns, depth,
              x.dtype == torch.bfloat16, geglu)
     return out
 

@@ -17,6 +17,7 @@ from pydiffseq.ops._extension import (
     check_shape,
     draw_seed,
     library,
+    output_pointer,
     pointer,
     register_autograd,
     use_kernel,
@@ -323,8 +324,8 @@ def _q_sample_cpu(x0: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, mask: Te
     T = signal.shape[0]
     bad = C.q_sample(
         pointer(x0), 0, _times(t, lengths, anchor_scale), pointer(signal), pointer(sigma), pointer(mask),
-        pointer(absorbing), pointer(gone), 0, pointer(x_t), pointer(eps) if return_noise else 0, pointer(seed),
-        pointer(rows), step, B, N, d, T, 0, 0.0, x0.dtype == torch.bfloat16)
+        pointer(absorbing), pointer(gone), 0, output_pointer(x_t), output_pointer(eps) if return_noise else 0,
+        pointer(seed), pointer(rows), step, B, N, d, T, 0, 0.0, x0.dtype == torch.bfloat16)
     if bad != (-1, -1):
         _raise_out_of_range(bad, t, T, N, None, 0, lengths)
     return x_t, eps
@@ -336,8 +337,8 @@ def _q_sample_backward_cpu(grad: Tensor, t: Tensor, signal: Tensor, mask: Tensor
         return reference.q_sample_backward(grad, t, signal, mask, lengths, anchor_scale)
     grad, t, signal, mask, lengths = _contiguous(grad, t, signal, mask, lengths)
     out = grad.new_empty(grad.shape)
-    C.q_sample_backward(pointer(grad), _times(t, lengths, anchor_scale), pointer(signal), pointer(mask), pointer(out),
-                        *grad.shape, signal.shape[0], grad.dtype == torch.bfloat16)
+    C.q_sample_backward(pointer(grad), _times(t, lengths, anchor_scale), pointer(signal), pointer(mask),
+                        output_pointer(out), *grad.shape, signal.shape[0], grad.dtype == torch.bfloat16)
     return out
 
 
@@ -354,8 +355,9 @@ def _embed_cpu(table: Tensor, ids: Tensor, t: Tensor, signal: Tensor, sigma: Ten
     T, vocab = signal.shape[0], table.shape[0]
     bad = C.q_sample(
         pointer(table), pointer(ids), _times(t, lengths, anchor_scale), pointer(signal), pointer(sigma), pointer(mask),
-        pointer(absorbing), pointer(gone), pointer(x0), pointer(x_t), pointer(eps) if return_noise else 0, pointer(seed),
-        pointer(rows), step, *x0.shape, T, vocab, sigma0, table.dtype == torch.bfloat16)
+        pointer(absorbing), pointer(gone), output_pointer(x0), output_pointer(x_t),
+        output_pointer(eps) if return_noise else 0, pointer(seed), pointer(rows), step, *x0.shape, T, vocab, sigma0,
+        table.dtype == torch.bfloat16)
     if bad != (-1, -1):
         _raise_out_of_range(bad, t, T, ids.shape[1], ids, vocab, lengths)
     return x0, x_t, eps
@@ -382,7 +384,7 @@ def _sampler_step_cpu(x: Tensor, x0_hat: Tensor, a: Tensor, b: Tensor, c: Tensor
     x, x0_hat, a, b, c, rows, ids = _contiguous(x, x0_hat, a, b, c, rows, ids)
     out = x.new_empty(x.shape)
     bad = C.sampler_step(
-        pointer(x), pointer(x0_hat), pointer(ids), pointer(a), pointer(b), pointer(c), pointer(out), pointer(seed),
+        pointer(x), pointer(x0_hat), pointer(ids), pointer(a), pointer(b), pointer(c), output_pointer(out), pointer(seed),
         pointer(rows), step, *x.shape, x0_hat.shape[0], math.inf if limit is None else limit, x.dtype == torch.bfloat16)
     if bad >= 0 and ids is not None:
         raise ValueError(f"ids must be in 0..{x0_hat.shape[0] - 1}, got {int(ids.flatten()[bad])}")
@@ -397,7 +399,7 @@ def _philox_normal_cpu(seed: Tensor, B: int, N: int, d: int, step: int, rows: Te
     if device.type != "cpu" or not use_kernel(out):
         return reference.philox_normal(seed, B, N, d, step, rows, stream, dtype, device)
     (rows,) = _contiguous(rows)
-    C.philox_normal(pointer(out), pointer(seed), pointer(rows), step, stream, B, N, d, dtype == torch.bfloat16)
+    C.philox_normal(output_pointer(out), pointer(seed), pointer(rows), step, stream, B, N, d, dtype == torch.bfloat16)
     return out
 
 

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from pydiffseq.ops import _cuda, reference
-from pydiffseq.ops._extension import C, autocast, check_same_device, library, pointer, register_autograd, use_kernel
+from pydiffseq.ops._extension import (
+    C,
+    autocast,
+    check_same_device,
+    library,
+    output_pointer,
+    register_autograd,
+    use_kernel,
+)
 from pydiffseq.ops.timestep_attention import (
     Packed,
     bias_gradients,
@@ -117,7 +125,7 @@ def _forward_cpu(q, k, v, tau, u, w, offsets, key_offsets, timesteps, seed, long
     packed = Packed(offsets, key_offsets, longest, longest_key)
     arguments, _alive = cpu_arguments(
         parts_of(q, k, v, packed), tau, u, w, timesteps, None, seed, dropout_p, scale, False, lse, packed)
-    C.timestep_attention_forward(*arguments, out.data_ptr())
+    C.timestep_attention_forward(*arguments, output_pointer(out))
     return out, lse
 
 
@@ -135,7 +143,7 @@ def _backward_cpu(grad_out, q, k, v, tau, u, w, offsets, key_offsets, timesteps,
     grad_tau = None if tau is None or table else q.new_empty(k.shape)
     grad_rows = q.new_empty(k.shape, dtype=torch.float32) if table else None
     biases, bias_addresses, _sums = bias_gradients(offsets.shape[0] - 1, u, w)
-    written = [pointer(g) for g in (*grads, grad_tau, grad_rows, None)]
+    written = [output_pointer(g) for g in (*grads, grad_tau, grad_rows, None)]
     grad_out, grad_out_heads = heads_of(grad_out)
     C.timestep_attention_backward(*arguments, grad_out_heads, (
         *written, *bias_addresses[:2], grads[0].stride(0), grads[1].stride(0), *bias_addresses[2:]))

@@ -15,6 +15,7 @@ from pydiffseq.ops._extension import (
     check_same_device,
     draw_seed,
     library,
+    output_pointer,
     pointer,
     register_autograd,
     use_kernel,
@@ -227,7 +228,7 @@ def forward_into(outputs, parts, tau, u, w, timesteps, key_mask, seed, dropout_p
     """The CPU kernel: writes ``outputs``, the op's, and returns them."""
     out, lse = outputs
     arguments, _alive = cpu_arguments(parts, tau, u, w, timesteps, key_mask, seed, dropout_p, scale, rotary, lse)
-    C.timestep_attention_forward(*arguments, out.data_ptr())
+    C.timestep_attention_forward(*arguments, output_pointer(out))
     return outputs
 
 
@@ -236,7 +237,7 @@ def _backward_cpu(grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed, out, 
         return reference.timestep_attention_backward(
             grad_out, q, k, v, tau, u, w, timesteps, key_mask, seed, out, lse, dropout_p, scale, rotary)
     grads = q.new_empty(q.shape), q.new_empty(k.shape), q.new_empty(k.shape)
-    written = *(g.data_ptr() for g in grads), grads[0].stride(1), grads[1].stride(1)
+    written = *(output_pointer(g) for g in grads), grads[0].stride(1), grads[1].stride(1)
     return *grads, *backward_into(
         written, grad_out, parts_of(q, k, v), tau, u, w, timesteps, key_mask, seed, lse, dropout_p, scale, rotary)
 
@@ -257,7 +258,7 @@ def backward_into(grads, grad_out, parts, tau, u, w, timesteps, key_mask, seed, 
     biases, bias_addresses, _sums = bias_gradients(batch, u, w)
     grad_out, grad_out_heads = heads_of(grad_out)
     C.timestep_attention_backward(
-        *arguments, grad_out_heads, (*grads[:3], *[pointer(g) for g in (grad_tau, grad_rows, grad_table)],
+        *arguments, grad_out_heads, (*grads[:3], *[output_pointer(g) for g in (grad_tau, grad_rows, grad_table)],
                                      *bias_addresses[:2], *grads[3:], *bias_addresses[2:]))
     return grad_table.to(grad_out.dtype) if table else grad_tau, *biases
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pydiffseq.ops._extension import autocast, library, register_autograd, use_kernel
+from pydiffseq.ops._extension import autocast, library, output_pointer, register_autograd, use_kernel
 from pydiffseq.ops.timestep_attention import (
     Parts,
     backward_into,
@@ -112,7 +112,7 @@ def _backward_cpu(grad_out, qkv, tau, u, w, timesteps, key_mask, seed, out, lse,
         return _backward_by_parts(grad_out, qkv, tau, u, w, timesteps, key_mask, seed, out, lse, dropout_p, scale, rotary)
     grad_qkv, parts = qkv.new_empty(qkv.shape), _parts_of(qkv)
     row = grad_qkv.stride(2)
-    first, step = grad_qkv.data_ptr(), row * grad_qkv.element_size()
+    first, step = output_pointer(grad_qkv), row * grad_qkv.element_size()
     written = first, first + step, first + 2 * step, 3 * row, 3 * row
     return grad_qkv, *backward_into(
         written, grad_out, parts, tau, u, w, timesteps, key_mask, seed, lse, dropout_p, scale, rotary)
