@@ -76,17 +76,15 @@ void plan_fetches(const TimestepAttentionArgs& a, Prefetch& ahead, int64_t b, in
   ahead.clear();
   i0 += kQueryBlock;
   if (i0 >= a.queries) {
-    for (const void* grad : {a.grad_k, a.grad_v})
-      fetch_rows<T>(ahead, tokens_apart(a, grad, a.keys, a.grad_k_token), b, h, 0, a.keys, a.dim);
-    fetch_rows<T>(ahead, tokens_apart(a, a.grad_tau, a.keys, a.heads * a.dim), b, h, 0, a.keys, a.dim);
+    if (!streams_gradients(a)) fetch_key_gradients<T>(ahead, a, b, h);
     if (++h == a.heads) h = 0, ++b;
     if (b == a.batch) return;
     i0 = 0;
     fetch_keys<T>(ahead, a, b, h, 0, a.keys);
   }
   const int64_t n = std::min(kQueryBlock, a.queries - i0);
-  for (const HeadTensor& t : {a.q, a.grad_out, tokens_apart(a, a.grad_q, a.queries, a.grad_q_token)})
-    fetch_rows<T>(ahead, t, b, h, i0, n, a.dim);
+  for (const HeadTensor& t : {a.q, a.grad_out}) fetch_rows<T>(ahead, t, b, h, i0, n, a.dim);
+  if (!streams_gradients(a)) fetch_query_gradients<T>(ahead, a, b, h, i0, n);
 }
 
 template <typename T>
@@ -191,6 +189,7 @@ void backward(const TimestepAttentionArgs& a) {
   parallel_ranges(a.batch * a.heads, 1, [&](int64_t begin, int64_t end) {
     Kernel kernel(a);
     for (int64_t head = begin; head < end; ++head) kernel.differentiate(head / a.heads, head % a.heads);
+    finish_streams();
   });
   if (a.grad_table) scatter_table(a);
 }

@@ -76,10 +76,10 @@ class PairBackward {
   // What this head writes, and what the next one reads.
   void plan_fetches(int64_t b, int64_t h) {
     ahead.clear();
-    fetch_rows<T>(ahead, tokens_apart(a, a.grad_q, a.queries, a.grad_q_token), b, h, 0, a.queries, a.dim);
-    for (const void* grad : {a.grad_k, a.grad_v})
-      fetch_rows<T>(ahead, tokens_apart(a, grad, a.keys, a.grad_k_token), b, h, 0, a.keys, a.dim);
-    fetch_rows<T>(ahead, tokens_apart(a, a.grad_tau, a.keys, a.heads * a.dim), b, h, 0, a.keys, a.dim);
+    if (!streams_gradients(a)) {
+      fetch_query_gradients<T>(ahead, a, b, h, 0, a.queries);
+      fetch_key_gradients<T>(ahead, a, b, h);
+    }
     if (++h == a.heads) h = 0, ++b;
     if (b == a.batch) return;
     fetch_keys<T>(ahead, a, b, h, 0, a.keys);

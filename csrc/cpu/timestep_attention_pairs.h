@@ -37,7 +37,7 @@ struct PairForm;
 
 template <>
 struct PairForm<float> {
-  static constexpr int64_t kFewestKeys = 193;   // below that splitting costs as much as the tiles gain
+  static constexpr int64_t kFewestKeys = 97;   // below that splitting costs as much as the tiles gain
   static constexpr int64_t kBlock = kParts * kBlockUnits;
 
   static PDS_INLINE vfloat exp2(vfloat x) { return exp2_of_nonpositive(x); }
