@@ -38,16 +38,24 @@ __device__ __forceinline__ T sum_over_warp(T value) {
   return value;
 }
 
-// 2^x: one instruction on the device, to 2 ulp, with 0 for results below 2^-126.
-__device__ __forceinline__ float fast_exp2(float x) {
+// One instruction each on the device.
 #ifdef PDS_CUDA_EMULATION
-  return std::exp2(x);
+#define PDS_FAST_FUNCTION(name, instruction, on_host) \
+  inline float name(float x) { return on_host(x); }
 #else
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
+#define PDS_FAST_FUNCTION(name, instruction, on_host)           \
+  __device__ __forceinline__ float name(float x) {              \
+    float y;                                                    \
+    asm(instruction ".approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); \
+    return y;                                                   \
+  }
 #endif
-}
+PDS_FAST_FUNCTION(fast_exp2, "ex2", std::exp2)    // to 2 ulp, with 0 for results below 2^-126
+PDS_FAST_FUNCTION(fast_log2, "lg2", std::log2)    // to 2^-22, absolutely between 1/2 and 2, else relatively
+PDS_FAST_FUNCTION(fast_sqrt, "sqrt", std::sqrt)   // to 2^-23, relatively
+PDS_FAST_FUNCTION(fast_sin, "sin", std::sin)      // to 2^-20.5 from -pi to pi
+PDS_FAST_FUNCTION(fast_cos, "cos", std::cos)
+#undef PDS_FAST_FUNCTION
 
 // x, as a value of which the compiler knows nothing: what depends on it is computed here and not kept in registers from before.
 __device__ __forceinline__ int computed_anew(int x) {

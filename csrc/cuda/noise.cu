@@ -1,5 +1,5 @@
-// Noise injection and the sampler's update on CUDA: the coordinates and the exact arithmetic of common/philox.h, hence
-// the bits of the CPU kernels.
+// Noise injection and the sampler's update on CUDA: the coordinates and in float32 the exact arithmetic of common/philox.h,
+// hence the bits of the CPU kernels. 16-bit types round what their normals differ by, but for a last place now and then.
 //
 // A token (a row of d elements) belongs to a group of 2^k adjacent threads; each thread takes units of 16 bytes of the
 // row (4 float32 or 8 half-precision elements, one or two Philox blocks). The grid strides over the tokens.
@@ -45,6 +45,20 @@ __device__ __forceinline__ Coordinates coordinates(const NoiseKey& key, uint64_t
           static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32), static_cast<uint32_t>(n * ((d + 3) / 4))};
 }
 
+constexpr float kHalfPi = 1.5707964f;
+
+// normal_pair to 4e-6, which 16-bit types do not see: exact arithmetic would take them longer than memory does.
+__device__ __forceinline__ void quick_normal_pair(uint32_t radius_word, uint32_t angle_word, float& first, float& second) {
+  const float u = exact_fma(static_cast<float>(radius_word), kTwoToMinus32, kTwoToMinus33);
+  const float radius = fast_sqrt(fabsf(fast_log2(u) * kMinusTwoLn2));
+  const float signed_radius = bits_float(float_bits(radius) ^ (angle_word & 0x80000000u));
+  const float one_to_two = bits_float((angle_word >> 7 & 0x7FFFFFu) ^ 0x3FC00000u);   // 23 bits of the angle
+  const float t = exact_fma(one_to_two, kHalfPi, -1.5f * kHalfPi), sine = fast_sin(t), cosine = fast_cos(t);
+  const bool swap = static_cast<int32_t>(angle_word << 1) < 0;
+  first = signed_radius * (swap ? cosine : sine);
+  second = signed_radius * (swap ? sine : cosine);
+}
+
 // The normals of one unit of the token.
 template <typename T>
 __device__ __forceinline__ void draw(const Coordinates& at, uint32_t unit, float normals[kUnit<T>]) {
@@ -53,7 +67,12 @@ __device__ __forceinline__ void draw(const Coordinates& at, uint32_t unit, float
   for (int i = 0; i < kPhiloxBlocks; ++i) {
     uint32_t words[4] = {at.first_block + unit * kPhiloxBlocks + i, at.stream, at.sentence, at.candidate};
     philox10(words, at.key0, at.key1);
-    normals4(words, normals + 4 * i);
+    if constexpr (sizeof(T) == 4) {
+      normals4(words, normals);
+    } else {
+      quick_normal_pair(words[0], words[1], normals[4 * i], normals[4 * i + 1]);
+      quick_normal_pair(words[2], words[3], normals[4 * i + 2], normals[4 * i + 3]);
+    }
   }
 }
 

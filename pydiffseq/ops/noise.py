@@ -495,7 +495,10 @@ def _philox_normal_kernel(out: Tensor, seed: Tensor, step: int, rows: Tensor | N
 
 
 def _cuda_cases(device: torch.device):
-    """The self-check: every kernel and dtype, with rows that allow 16-byte accesses and rows that do not."""
+    """The self-check: every kernel and dtype, with rows that allow 16-byte accesses and rows that do not.
+
+    The normals of 16-bit types may differ from the reference's in the last place.
+    """
     schedule = torch.linspace(1.0, 0.1, 7, device=device)
     t = torch.arange(15, device=device).reshape(3, 5) % 7
     ids, mask = (t * 3) % 4, t != 2
@@ -504,6 +507,7 @@ def _cuda_cases(device: torch.device):
     key = (host_seed, 6, rows)
     index, lengths = torch.tensor([0, 3, 9], device=device), torch.tensor([5, 2, 4], device=device)
     for dtype, d in ((dtype, d) for dtype in _cuda.DTYPES for d in (7, 72)):
+        tolerance = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps
         x = reference.philox_normal(host_seed, 3, 5, d, 0, rows, 3, dtype, device)
         sample = (t, schedule, schedule.flip(0), mask)
         embed = (x[0, :4].contiguous(), ids, *sample[:3], 0.1, mask)
@@ -520,12 +524,12 @@ def _cuda_cases(device: torch.device):
                  (x, x[0, :4].contiguous(), *coefficients, *key, None, ids)),
                 ("q_sample_backward", _q_sample_backward_kernel, reference.q_sample_backward, (x, *sample[:2], mask)),
                 ("sampler_step", _sampler_step_kernel, reference.sampler_step, (x, x.flip(0), *coefficients, *key))):
-            yield name, functools.partial(kernel, *arguments), functools.partial(oracle, *arguments)
+            yield name, functools.partial(kernel, *arguments), functools.partial(oracle, *arguments), tolerance
         gradients = (x, x.flip(0), ids, *sample[:2], mask, 4, x)
         yield ("embed_q_sample_backward", functools.partial(_embed_backward_kernel, *gradients),
                functools.partial(reference.embed_q_sample_backward, *gradients), 2 * torch.finfo(dtype).eps)
         yield ("philox_normal", functools.partial(_philox_normal_kernel, torch.empty_like(x), host_seed, 0, rows, 3),
-               functools.partial(torch.clone, x))
+               functools.partial(torch.clone, x), tolerance)
 
 
 def _q_sample_cuda(x0: Tensor, *arguments) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The noise kernels, emulated: the bits of the reference."""
+"""The noise kernels, emulated: the bits of the reference in float32, its values in 16-bit types."""
 
 import pytest
 import torch
@@ -13,6 +13,16 @@ SIGNAL = torch.linspace(1.0, 0.1, 20)
 def test_the_self_check_passes(every_order):
     for name, kernel, oracle, *tolerance in noise._cuda_cases(CPU):
         assert _cuda._same(kernel(), oracle(), *tolerance), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_quick_normals_round_to_those_of_the_reference(install, dtype):
+    seed, shape = torch.tensor([11]), (4, 100, 512)
+    quick = noise._philox_normal_kernel(torch.empty(shape, dtype=dtype), seed, 3, None, 1)
+    exact = reference.philox_normal(seed, *shape, 3, None, 1, torch.float32, CPU)
+    differing = quick != exact.to(dtype)
+    assert differing.float().mean() < (0.003 if dtype == torch.bfloat16 else 0.02)
+    torch.testing.assert_close(quick.float(), exact, rtol=0.51 * torch.finfo(dtype).eps, atol=2e-5)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (700, 3, 4), (2, 1, 4096)])
