@@ -32,8 +32,9 @@ struct HeadSums {
   }
 };
 
-// Gradients that no cache would hold are written past the caches: else each line is read before it is overwritten.
-constexpr int64_t kStreamedBytes = 8 << 20;
+// Gradients that no cache would hold are written past the caches: else each line is read before it is overwritten. Smaller
+// ones are still there when the layer before reads them.
+constexpr int64_t kStreamedBytes = 32 << 20;
 
 inline bool streams_gradients(const TimestepAttentionArgs& a) {
   const int64_t tokens = a.batch * (a.queries + a.keys * (a.grad_tau ? 3 : 2));
