@@ -35,7 +35,7 @@ def main() -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4))
     curves = read_curves(options.csv, options.x, options.y)
     for (name, points), marker in zip(curves.items(), "osD^vP*", strict=False):
-        axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, label=name)
+        axes.plot(*zip(*sorted(points), strict=True), marker=marker, markersize=4, label=name)
     highest = max(y for points in curves.values() for _, y in points)
     axes.set(xlabel=options.x.replace("_", " "), ylabel=options.y.replace("_", " "), ylim=(0, 1.08 * highest))
     if options.log_x:
