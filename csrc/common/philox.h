@@ -1,5 +1,5 @@
-// Counter-based normal noise, the same bits on every instruction set and device (but for 16-bit types on CUDA, whose kernels
-// take the words from here and quicker normals).
+// Counter-based normal noise, the same bits on every instruction set and device. (But for 16-bit types on CUDA: those
+// kernels take the words from here and quicker normals.)
 //
 // Philox 4x32-10 (Salmon et al., SC 2011) followed by Box-Muller, written with integer operations and the IEEE-exact
 // operations fma, mul, add, div and sqrt only. A compiler may not contract or reorder them: host files that include this
@@ -39,7 +39,9 @@ constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
 // The halves of a product of 64 bits. (Shifting the product down makes nvcc 13.0 add a zero to each upper half.)
 PDS_HD void wide_product(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
 #ifdef __CUDA_ARCH__
-  asm("{ .reg .u64 product; mul.wide.u32 product, %2, %3; mov.b64 {%0, %1}, product; }" : "=r"(low), "=r"(high) : "r"(a), "r"(b));
+  asm("{ .reg .u64 product; mul.wide.u32 product, %2, %3; mov.b64 {%0, %1}, product; }"
+      : "=r"(low), "=r"(high)
+      : "r"(a), "r"(b));
 #else
   const uint64_t product = static_cast<uint64_t>(a) * b;
   high = static_cast<uint32_t>(product >> 32);

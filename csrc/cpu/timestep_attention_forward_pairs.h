@@ -11,6 +11,7 @@ namespace pds {
 namespace PDS_ISA {
 
 constexpr int64_t kBlockPanels = 2;   // panels of keys whose scores and probabilities are handled at a time
+constexpr int64_t kFetchRows = 4;     // rows of probabilities between two fetches
 constexpr float kSlack = 8.f;         // exponents may be as large before the reference is raised
 
 template <typename T>
@@ -94,7 +95,7 @@ class PairForward {
     if (from < to) fetch_keys<T>(ahead, a, b, h, keys.index[from], keys.index[to - 1] + 1 - keys.index[from]);
     else if (next_head && block.first + block.panels == panels)
       fetch_keys<T>(ahead, a, b, h + 1, 0, std::min(kBlockPanels * kPanel, a.keys));
-    pace = ahead.lines() / (2 * block.panels * blocks + kStrip / 4) + 1;
+    pace = ahead.lines() / (2 * block.panels * blocks + kStrip / kFetchRows) + 1;
   }
 
   // ---- keys and values ----
@@ -192,7 +193,7 @@ class PairForward {
   template <bool kDropout>
   void exponentiate(const Block& block) {
     for (int64_t i = 0; i < block.n; ++i) {
-      if (i % 4 == 0) ahead.fetch(pace);
+      if (i % kFetchRows == 0) ahead.fetch(pace);
       const vfloat offset = splat(-factor * reference[i]);
       vfloat sum = load(total + i * kWidth);
       for (int64_t p = 0; p < block.panels; ++p) {
@@ -262,7 +263,7 @@ class PairForward {
   float *total, *largest;    // [32][16]: of the probabilities and of the scores, spread over the lanes
   float* reference;          // [32]: what the exponents are relative to
   Prefetch ahead;
-  int64_t pace = 0;          // lines to fetch per product
+  int64_t pace = 0;          // lines to fetch at a time
   uint16_t* bits;            // [32][bits_row]: dropout's, by position of the key
   [[maybe_unused]] const AmxEngine::Session session{};
 };

@@ -522,9 +522,11 @@ def _cuda_cases(device: torch.device):
                 ("sampler_step", _sampler_step_kernel, reference.sampler_step, (x, x.flip(0), *coefficients, *key, 0.5)),
                 ("sampler_step", _sampler_step_kernel, reference.sampler_step,
                  (x, x[0, :4].contiguous(), *coefficients, *key, None, ids)),
-                ("q_sample_backward", _q_sample_backward_kernel, reference.q_sample_backward, (x, *sample[:2], mask)),
                 ("sampler_step", _sampler_step_kernel, reference.sampler_step, (x, x.flip(0), *coefficients, *key))):
             yield name, functools.partial(kernel, *arguments), functools.partial(oracle, *arguments), tolerance
+        sample_gradient = (x, *sample[:2], mask)
+        yield ("q_sample_backward", functools.partial(_q_sample_backward_kernel, *sample_gradient),
+               functools.partial(reference.q_sample_backward, *sample_gradient))
         gradients = (x, x.flip(0), ids, *sample[:2], mask, 4, x)
         yield ("embed_q_sample_backward", functools.partial(_embed_backward_kernel, *gradients),
                functools.partial(reference.embed_q_sample_backward, *gradients), 2 * torch.finfo(dtype).eps)
