@@ -32,10 +32,10 @@ __host__ __device__ inline int64_t attention_tiles(int64_t rows) { return (rows 
 struct Head {
   int b, h, tile, queries, keys;
   int first_query, first_key;   // tokens before this sentence
-  __device__ __forceinline__ Head(const TimestepAttentionArgs& a, int64_t rows)
+  __device__ __forceinline__ Head(const TimestepAttentionArgs& a, int64_t rows, unsigned block = blockIdx.x)
       : queries(static_cast<int>(a.queries)), keys(static_cast<int>(a.keys)) {
-    const unsigned tiles = static_cast<unsigned>(attention_tiles(rows)), head = blockIdx.x / tiles;
-    tile = static_cast<int>(blockIdx.x % tiles);
+    const unsigned tiles = static_cast<unsigned>(attention_tiles(rows)), head = block / tiles;
+    tile = static_cast<int>(block % tiles);
     b = static_cast<int>(head / static_cast<unsigned>(a.heads));
     h = static_cast<int>(head % static_cast<unsigned>(a.heads));
     first_query = b * queries, first_key = b * keys;
@@ -383,7 +383,7 @@ struct DropoutKey {
   __device__ __forceinline__ void draw(uint32_t group, uint32_t query, uint32_t words[4]) const {
     words[0] = group, words[1] = kAttentionStream, words[2] = query;
     words[3] = static_cast<uint32_t>(at.b * static_cast<int>(args.heads) + at.h);
-    philox10(words, key0, key1);
+    philox10(words, computed_anew(key0), computed_anew(key1));   // the keys of ten rounds are no registers' worth either
   }
   __device__ __forceinline__ bool survives(uint32_t piece) const { return piece >= args.drop_threshold; }
 };

@@ -220,18 +220,19 @@ attention_grad_key_kernel(const __grid_constant__ TimestepAttentionArgs a, const
     }
     add_queries<T, D, kForm>(grads, keys, stage, terms, a, dropout, i * kQueries, first, warp, lane);
   });
-  const GradientStore<T, D, kForm> store{a, head, first};
+  const Head after(a, a.keys, computed_anew(blockIdx.x));   // the loop has no registers to spare for what follows it
+  const GradientStore<T, D, kForm> store{a, after, after.tile * kAttentionRows};
   unsigned char* tile = shared + Layout::keys + 2 * Tile<D>::bytes(kAttentionRows);   // each warp has had its rows of v
   if (kForm == Form::rotary) {
     store.value(tile, grads.value);
     store.key(tile, grads.key);
     add<D / 8>(grads.key, grads.value);
-    share_rotation_grads<D, false>(a, head, grads.key, first + 16 * warp, lane);
-    return store_rotation_grads<T, D>(tile, grads.key, a, head, first, warp, lane);
+    share_rotation_grads<D, false>(a, after, grads.key, first + 16 * warp, lane);
+    return store_rotation_grads<T, D>(tile, grads.key, a, after, first, warp, lane);
   }
   store_sums(grads.sum, sums, warp, lane);
   __syncthreads();
-  store_bias_grads<T, D>(a, head, shared + Layout::keys, sums);
+  store_bias_grads<T, D>(a, after, shared + Layout::keys, sums);
   store.value(tile, grads.value);
   store.key_and_time(tile, grads.key, grads.sum, biases, warp, lane);
 }
