@@ -42,6 +42,7 @@ SOURCE_LENGTH = {"iwslt14": 30, "xsum": 256}
 CONTENDERS = ("pydiffseq float32", "pydiffseq bfloat16", "official float32", "transformer float32")
 GPU_CONTENDERS = ("pydiffseq float16", "pydiffseq bfloat16", "pydiffseq bfloat16 without graphs", "official float32",
                   "transformer float16", "transformer float32")
+READY = "measuring"   # what a case's process says when it has loaded everything
 CORPUS = Path(__file__).parent.parent / "examples" / "tatoeba_de_en"
 
 
@@ -201,6 +202,7 @@ def measure(case: dict) -> dict:
     cuda = case["device"] == "cuda"
     data, run = [[part.to(case["device"]) for part in batch] for batch in batches(case)], make(case)
     run(*[part[:1] for part in data[0]])   # loads the libraries
+    print(READY, flush=True)
     if cuda:
         for batch in (*data, *data):   # compiles, checks, and records the graphs
             run(*batch)
@@ -231,13 +233,36 @@ def cases(args: argparse.Namespace) -> list[dict]:
     return made
 
 
-def in_a_process(case: dict) -> dict | None:
-    done = subprocess.run([sys.executable, __file__, "--case", json.dumps(case)], capture_output=True, text=True)
-    if done.returncode:
-        why = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+def in_a_process(case: dict, limit: float | None) -> dict | None:
+    """What the case's process says; where it took more than ``limit`` seconds, a bound of its speed and no more."""
+    command = [sys.executable, __file__, "--case", json.dumps(case)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            ready = process.stdout.readline()   # loading does not count
+            output, errors = process.communicate(timeout=limit if ready else None)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            sentences = sum(len(source) for source, _ in batches(case))
+            return {**case, "sentences_per_second": sentences / limit, "seconds_per_run": None, "peak_mb": None}
+    if process.returncode:
+        why = errors.strip().splitlines() or [f"exit status {process.returncode}"]
         print(f"{case['contender']} failed: {why[-1]}", file=sys.stderr)
         return None
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(output.splitlines()[-1])
+
+
+def hopeless(case: dict, results: list[dict]) -> bool:
+    """Whether the contender has run out of time with as many sentences, candidates and steps, or fewer."""
+    return any(r["seconds_per_run"] is None and all(r[key] == case[key] for key in ("size", "real", "contender"))
+               and all(r[key] <= case[key] for key in ("batch", "candidates", "steps")) for r in results)
+
+
+def ratio(own: dict, other: dict | None) -> str:
+    """Of the speeds, a bound (>) where the other one ran out of time."""
+    if other is None or own["seconds_per_run"] is None or not own["contender"].startswith("pydiffseq"):
+        return ""
+    mark = "> " if other["seconds_per_run"] is None else ""
+    return f"{mark}{own['sentences_per_second'] / other['sentences_per_second']:.2f}"
 
 
 def table(results: list[dict]) -> str:
@@ -246,20 +271,18 @@ def table(results: list[dict]) -> str:
     Candidates and steps do not apply to the Transformer, which is measured once for a size and a batch.
     """
     keys = ("size", "real", "batch", "candidates", "steps")
-    speeds = {(*(r[key] for key in keys[:3 if r["contender"].startswith("transformer") else 5]), r["contender"]):
-              r["sentences_per_second"] for r in results}
+    rows = {(*(r[key] for key in keys[:3 if r["contender"].startswith("transformer") else 5]), r["contender"]): r
+            for r in results}
     lines = ["| size | lengths | batch | k | steps | contender | sentences/s | peak MB | x official | x Transformer |",
              "|---|---|---:|---:|---:|---|---:|---:|---:|---:|"]
     for r in results:
-        key, own = tuple(r[key] for key in keys), r["sentences_per_second"]
-        others = [speeds.get((*key, "official float32")), speeds.get((*key[:3], "transformer float32"))]
-        if not r["contender"].startswith("pydiffseq"):
-            others = [None, None]
-        ratios = ["" if other is None else f"{own / other:.2f}" for other in others]
+        key, done = tuple(r[key] for key in keys), r["seconds_per_run"] is not None
+        others = [rows.get((*key, "official float32")), rows.get((*key[:3], "transformer float32"))]
         k, steps = ("", "") if r["contender"].startswith("transformer") else (r["candidates"], r["steps"])
-        lengths = "real" if r["real"] else "padded"
-        lines.append(f"| {r['size']} | {lengths} | {r['batch']} | {k} | {steps} | {r['contender']} | {own:.2f} "
-                     f"| {r['peak_mb']:.0f} | {ratios[0]} | {ratios[1]} |")
+        lengths, peak = "real" if r["real"] else "padded", f"{r['peak_mb']:.0f}" if done else ""
+        lines.append(f"| {r['size']} | {lengths} | {r['batch']} | {k} | {steps} | {r['contender']} "
+                     f"| {'' if done else '< '}{r['sentences_per_second']:.2f} | {peak} "
+                     f"| {ratio(r, others[0])} | {ratio(r, others[1])} |")
     return "\n".join(lines)
 
 
@@ -274,7 +297,9 @@ def main() -> None:
     parser.add_argument("--real", action="store_true", help="lengths of the bundled sentences instead of full ones")
     parser.add_argument("--official", help="folder AR-diffusion of a checkout of the official code")
     parser.add_argument("--seconds", type=float, default=0.0, help="repeat each case for so long; the best run counts")
-    parser.add_argument("--json", type=Path, help="write the results, too; results that are there are kept")
+    parser.add_argument("--limit", type=float, help="seconds after which a case is given up, and with it those of its "
+                        "contender with as many sentences, candidates and steps, or more")
+    parser.add_argument("--json", type=Path, help="write the results, too; cases that are there are not measured again")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
@@ -285,7 +310,10 @@ def main() -> None:
     results = json.loads(args.json.read_text()) if args.json and args.json.exists() else []
     failed = False
     for case in cases(args):
-        result = in_a_process(case)
+        described = {key: value for key, value in case.items() if key not in ("official", "seconds")}
+        if any(described.items() <= result.items() for result in results) or hopeless(case, results):
+            continue
+        result = in_a_process(case, args.limit)
         if result is None:
             failed = True
             continue

@@ -1,0 +1,52 @@
+"""benchmarks/decode.py: cases that run out of time, and results that are there already."""
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "decode.py"
+
+
+@pytest.fixture(scope="module")
+def decode():
+    spec = importlib.util.spec_from_file_location("benchmarks_decode", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def result(contender, speed, done=True, candidates=10, steps=20, size="iwslt14", batch=8):
+    return {"size": size, "real": False, "batch": batch, "candidates": candidates, "steps": steps, "contender": contender,
+            "sentences_per_second": speed, "seconds_per_run": batch / speed if done else None,
+            "peak_mb": 100.0 if done else None}
+
+
+def test_what_ran_out_of_time_stops_only_larger_cases_of_its_contender(decode):
+    late = [result("official float32", 0.1, done=False)]
+    assert decode.hopeless(result("official float32", 1, candidates=50), late)
+    assert decode.hopeless(result("official float32", 1), late)
+    assert not decode.hopeless(result("official float32", 1, steps=3), late)
+    assert not decode.hopeless(result("official float32", 1, size="xsum"), late)
+    assert not decode.hopeless(result("pydiffseq float32", 1, candidates=50), late)
+    assert not decode.hopeless(result("official float32", 1, candidates=50), [result("official float32", 0.1)])
+
+
+def test_the_table_gives_bounds_where_time_ran_out(decode):
+    results = [result("pydiffseq float32", 1.0), result("official float32", 0.25, done=False),
+               result("transformer float32", 0.5), result("pydiffseq bfloat16", 0.2, done=False)]
+    rows = decode.table(results).splitlines()[2:]
+    assert rows[0].endswith("| 1.00 | 100 | > 4.00 | 2.00 |")
+    assert rows[1].endswith("| < 0.25 |  |  |  |") and rows[3].endswith("| < 0.20 |  |  |  |")
+
+
+def test_results_that_are_there_are_not_measured_again(tmp_path):
+    kept = tmp_path / "kept.json"
+    made = {**result("pydiffseq float32", 123.0, candidates=1, steps=2, batch=1), "device": "cpu"}
+    kept.write_text(json.dumps([made]))
+    command = [sys.executable, str(SCRIPT), "--sizes", "iwslt14", "--batches", "1", "--candidates", "1", "--steps", "2",
+               "--contenders", "pydiffseq float32", "--json", str(kept)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "123.00" in done.stdout and json.loads(kept.read_text()) == [made]
