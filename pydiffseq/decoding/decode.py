@@ -40,7 +40,8 @@ class DecodeOptions:
     Attributes:
         steps: number of network calls per candidate.
         step_list: how the steps are spaced: ``auto`` (AR-Diffusion's stride over the sentence indices for a network with
-            ``xy_uniform`` timesteps, else ``uniform``), or one of :data:`pydiffseq.diffusion.SPACINGS`.
+            ``xy_uniform`` timesteps, ``halfstart`` with ``rolling``, else ``uniform``), or one of
+            :data:`pydiffseq.diffusion.SPACINGS`.
         visited: the timesteps themselves, falling in 0..T-1, in place of ``steps`` and ``step_list``.
         patience: a candidate is done when its tokens have not changed for so many steps in a row; 0: never early.
         solver: a key of :data:`pydiffseq.diffusion.SOLVERS`.

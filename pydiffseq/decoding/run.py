@@ -118,7 +118,8 @@ def step_list(model: DenoisingNetwork, options: DecodeOptions, lengths: Tensor, 
     elif path == "xy_uniform" and o.step_list in ("auto", "stride"):
         return xy_steps(T, lengths, width, o.steps, c.anchor_scale, o.step_end)
     else:
-        visited = spaced_timesteps("uniform" if o.step_list == "auto" else o.step_list, model.schedule, o.steps)
+        spacing = ("halfstart" if path == "rolling" else "uniform") if o.step_list == "auto" else o.step_list
+        visited = spaced_timesteps(spacing, model.schedule, o.steps)
     if path in TOKEN_SAMPLERS:
         return token_steps(T, visited, lengths, width, c.anchor_scale, o.step_end, path)
     return sentence_steps(visited, o.step_end)

@@ -23,7 +23,7 @@ Time = int | Tensor
 StepList = list[tuple[Time, Time]]
 
 ENDS = ("zero", "clean")
-SPACINGS = ("uniform", "quadratic", "logsnr", "stride")
+SPACINGS = ("uniform", "halfstart", "quadratic", "logsnr", "stride")
 
 
 def _check_end(end: str) -> None:
@@ -105,9 +105,11 @@ def xy_steps(T: int, lengths: Tensor | int, max_len: int, steps: int, anchor_sca
 def spaced_timesteps(spacing: str, schedule: NoiseSchedule, steps: int) -> list[int]:
     """The timesteps that a list of ``steps`` model calls visits, from T-1 down, each once.
 
-    ``uniform``: evenly spaced (see :func:`uniform_steps`). ``stride``: every ``T // steps``-th, as AR-Diffusion's and
-    DiffuSeq's code. ``quadratic``: ``(T-1) ((steps - i) / steps)^2``, dense where little noise is left (Song et al.
-    2021, appendix D). ``logsnr``: evenly spaced in ``log(abar / (1 - abar))`` (Lu et al. 2022, DPM-Solver).
+    ``uniform``: evenly spaced (see :func:`uniform_steps`). ``halfstart``: the same with a first interval of half the
+    length, as the first call sees noise alone; from the second on it is ``floor(T (steps - i) / (steps - 1/2)) - 1``.
+    ``stride``: every ``T // steps``-th, as AR-Diffusion's and DiffuSeq's code.
+    ``quadratic``: ``(T-1) ((steps - i) / steps)^2``, dense where little noise is left (Song et al. 2021, appendix D).
+    ``logsnr``: evenly spaced in ``log(abar / (1 - abar))`` (Lu et al. 2022, DPM-Solver).
 
     Raises:
         ValueError: unknown spacing, ``steps < 1`` or ``steps > T``.
@@ -119,6 +121,8 @@ def spaced_timesteps(spacing: str, schedule: NoiseSchedule, steps: int) -> list[
         raise ValueError(f"the number of steps must be in 1..{T} (T), got {steps}")
     if spacing == "uniform":
         return [T * (steps - i) // steps - 1 for i in range(steps)]
+    if spacing == "halfstart":
+        return [T - 1] + [2 * T * (steps - i) // (2 * steps - 1) - 1 for i in range(1, steps)]
     if spacing == "stride":
         return [T - 1 - i * (T // steps) for i in range(steps)]
     if spacing == "quadratic":

@@ -224,7 +224,7 @@ def test_too_many_steps_are_refused(changes):
 
 @pytest.mark.parametrize(("name", "accepted"), [
     ("solver", "ancestral, ddim, skip, ddim_xy, cedi, dpmpp2m, dpmpp2m_refeed"),
-    ("step_list", "auto, uniform, quadratic, logsnr, stride"), ("rounding", "off, every, from, until"),
+    ("step_list", "auto, uniform, halfstart, quadratic, logsnr, stride"), ("rounding", "off, every, from, until"),
     ("step_end", "zero, clean"), ("final", "x0_hat, state"), ("mbr_direction", "hypothesis, reference"),
     ("mbr_metric", "bleu, f1, edit"), ("mbr_smoothing", "add1, add1_all, method4, exp")])
 def test_unknown_names_are_refused_with_the_accepted_ones(name, accepted):

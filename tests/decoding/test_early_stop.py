@@ -7,11 +7,22 @@ import torch
 from test_decode import IDS, PREDICT, SOURCE, oracle, tiny, words
 
 from pydiffseq.decoding import DecodeOptions, Decoder, decode
-from pydiffseq.diffusion import SOLVERS
+from pydiffseq.diffusion import SOLVERS, SPACINGS
+
+
+def test_rolling_times_start_with_half_an_interval():
+    model, calls = tiny(timestep_sampler="rolling", anchor_scale=0.5), []
+    original = model.denoise
+    model.denoise = lambda *args: calls.append(args[1]) or original(*args)
+    for step_list in ("auto", "halfstart", "uniform"):
+        decode(model, SOURCE, IDS, DecodeOptions(steps=4, step_list=step_list))
+    auto, half, even = calls[:4], calls[4:8], calls[8:]
+    assert all(torch.equal(a, b) for a, b in zip(auto, half, strict=True))
+    assert torch.equal(auto[0], even[0]) and bool((auto[1] >= even[1]).all()) and not torch.equal(auto[1], even[1])
 
 
 @pytest.mark.parametrize("changes", [{}, {"timestep_sampler": "uniform"}, PREDICT], ids=str)
-@pytest.mark.parametrize("step_list", ["uniform", "quadratic", "logsnr", "stride"])
+@pytest.mark.parametrize("step_list", SPACINGS)
 def test_named_step_lists(changes, step_list):
     model, calls = tiny(**changes), []
     original = model.denoise

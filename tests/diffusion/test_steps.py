@@ -145,10 +145,12 @@ def test_every_spacing_falls_from_the_top_once_for_each_step(spacing, schedule, 
     assert check_visited("list", visited, 200) == visited
 
 
-def test_quadratic_and_log_snr_spacing():
+def test_spacings_by_hand():
     schedule = make_schedule("sqrt")
     assert spaced_timesteps("quadratic", schedule, 5) == [1999, 1279, 720, 320, 80]
     assert spaced_timesteps("stride", schedule, 3) == [1999, 1333, 667]
+    assert spaced_timesteps("halfstart", schedule, 5) == [1999, 1776, 1332, 887, 443]   # 2000 / 4.5 apart
+    assert spaced_timesteps("halfstart", schedule, 2000) == list(range(1999, -1, -1))
     visited = torch.tensor(spaced_timesteps("logsnr", schedule, 6))
     level = (schedule.abar / (1 - schedule.abar)).log()
     wanted = torch.linspace(float(level[-1]), float(level[0]), 7)[:-1].double()
@@ -198,7 +200,7 @@ def test_step_list_files(tmp_path):
                              ([5, -1], "in 0..49, got -1 at place 2")):
         with pytest.raises(ValueError, match=f"the list .*{message}"):
             check_visited("the list", visited, 50)
-    with pytest.raises(ValueError, match="unknown spacing 'cubic'.*uniform, quadratic, logsnr, stride"):
+    with pytest.raises(ValueError, match="unknown spacing 'cubic'.*uniform, halfstart, quadratic, logsnr, stride"):
         spaced_timesteps("cubic", make_schedule("sqrt", 50), 3)
     with pytest.raises(ValueError, match=r"must be in 1\.\.50 .*, got 51"):
         spaced_timesteps("uniform", make_schedule("sqrt", 50), 51)
