@@ -1,23 +1,16 @@
 """The scripts of examples/commongen."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import scripts
 
 FOLDER = Path(__file__).parents[2] / "examples" / "commongen"
 RECORDS = [{"concept_set": "ski_V#mountain_N#skier_N", "scene": ["A skier skis down the mountain. ", "Skiers ski."]},
            {"concept_set": "dog#run", "scene": ["The dog runs."]}]
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def run(name, *words):
@@ -38,7 +31,7 @@ def test_pairs(corpus):
     assert found == [{"src": "ski mountain skier", "trg": "A skier skis down the mountain."},
                      {"src": "ski mountain skier", "trg": "Skiers ski."}, {"src": "dog run", "trg": "The dog runs."}]
     with pytest.raises(SystemExit, match="line 2 must be a JSON object with concept_set and scene"):
-        list(load("pairs").pairs([json.dumps(RECORDS[0]), '{"scene": []}']))
+        list(scripts.load(FOLDER / "pairs.py").pairs([json.dumps(RECORDS[0]), '{"scene": []}']))
 
 
 def test_score(corpus):

@@ -1,6 +1,5 @@
 """tools/quality_curve.py: it measures what fairseq-generate writes, goes on where it was, and shows tables."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import sacrebleu
+import scripts
 import torch
 from test_generate_command import generate
 
@@ -16,10 +16,7 @@ PATH = Path(__file__).parents[2] / "tools" / "quality_curve.py"
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("quality_curve", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return scripts.load(PATH)
 
 
 def test_curve(tool, data, trained, tmp_path, monkeypatch, capsys):

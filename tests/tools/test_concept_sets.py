@@ -1,20 +1,18 @@
 """tools/concept_sets.py: which words of a sentence become concepts, and which sets are left out."""
-import importlib.util
+
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import scripts
 
 PATH = Path(__file__).resolve().parents[2] / "tools" / "concept_sets.py"
 
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("concept_sets", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return scripts.load(PATH)
 
 
 @pytest.mark.parametrize(("word", "concept"), [

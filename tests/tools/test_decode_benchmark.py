@@ -1,21 +1,19 @@
 """benchmarks/decode.py: cases that run out of time, and results that are there already."""
-import importlib.util
+
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import scripts
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "decode.py"
 
 
 @pytest.fixture(scope="module")
 def decode():
-    spec = importlib.util.spec_from_file_location("benchmarks_decode", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return scripts.load(SCRIPT)
 
 
 def result(contender, speed, done=True, candidates=10, steps=20, size="iwslt14", batch=8):

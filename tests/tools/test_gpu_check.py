@@ -1,6 +1,5 @@
 """How tools/gpu_check.py runs its stages: what fails, hangs or is missing is reported and hides nothing else."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -8,17 +7,14 @@ import time
 from pathlib import Path
 
 import pytest
+import scripts
 
 PATH = Path(__file__).resolve().parents[2] / "tools" / "gpu_check.py"
 
 
 @pytest.fixture
-def check(monkeypatch):
-    spec = importlib.util.spec_from_file_location("gpu_check", PATH)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "gpu_check", module)
-    spec.loader.exec_module(module)
-    return module
+def check():
+    return scripts.load(PATH)
 
 
 def python(code):

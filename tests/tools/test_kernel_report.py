@@ -1,10 +1,9 @@
 """What tools/kernel_report.py reads from ptxas, and what it calls a problem."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
+import scripts
 
 PATH = Path(__file__).resolve().parents[2] / "tools" / "kernel_report.py"
 PTXAS = """\
@@ -28,12 +27,8 @@ SASS = """\
 
 
 @pytest.fixture
-def report(monkeypatch):
-    spec = importlib.util.spec_from_file_location("kernel_report", PATH)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "kernel_report", module)
-    spec.loader.exec_module(module)
-    return module
+def report():
+    return scripts.load(PATH)
 
 
 def test_registers_spills_and_shared_memory(report):
