@@ -236,16 +236,20 @@ def cases(args: argparse.Namespace) -> list[dict]:
 def in_a_process(case: dict, limit: float | None) -> dict | None:
     """What the case's process says; where it took more than ``limit`` seconds, a bound of its speed and no more."""
     command = [sys.executable, __file__, "--case", json.dumps(case)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # Errors go to a file: a pipe that nobody reads while the process loads could fill up and stop it.
+    with tempfile.TemporaryFile("w+") as errors, \
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
         try:
             ready = process.stdout.readline()   # loading does not count
-            output, errors = process.communicate(timeout=limit if ready else None)
+            output, _ = process.communicate(timeout=limit if ready else None)
         except subprocess.TimeoutExpired:
             process.kill()
             sentences = sum(len(source) for source, _ in batches(case))
             return {**case, "sentences_per_second": sentences / limit, "seconds_per_run": None, "peak_mb": None}
+        errors.seek(0)
+        why = errors.read().strip().splitlines()
     if process.returncode:
-        why = errors.strip().splitlines() or [f"exit status {process.returncode}"]
+        why = why or [f"exit status {process.returncode}"]
         print(f"{case['contender']} failed: {why[-1]}", file=sys.stderr)
         return None
     return json.loads(output.splitlines()[-1])
@@ -253,7 +257,7 @@ def in_a_process(case: dict, limit: float | None) -> dict | None:
 
 def hopeless(case: dict, results: list[dict]) -> bool:
     """Whether the contender has run out of time with as many sentences, candidates and steps, or fewer."""
-    return any(r["seconds_per_run"] is None and all(r[key] == case[key] for key in ("size", "real", "contender"))
+    return any(r["seconds_per_run"] is None and all(r[key] == case[key] for key in ("size", "real", "contender", "device"))
                and all(r[key] <= case[key] for key in ("batch", "candidates", "steps")) for r in results)
 
 

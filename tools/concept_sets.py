@@ -22,10 +22,12 @@ LARGEST = 5     # concepts of a set
 
 
 def lines(folder: Path, split: str, side: str) -> list[str]:
-    plain = folder / f"{split}.{side}"
+    plain, packed = folder / f"{split}.{side}", folder / f"{split}.{side}.xz"
     if plain.exists():
         return plain.read_text(encoding="utf-8").splitlines()
-    return lzma.decompress((folder / f"{split}.{side}.xz").read_bytes()).decode().splitlines()
+    if not packed.exists():
+        raise SystemExit(f"no {split}.{side} in {folder}: a line for each set or sentence, plain or as {packed.name}")
+    return lzma.decompress(packed.read_bytes()).decode().splitlines()
 
 
 def concept_of(word: str, concepts: set[str]) -> str | None:

@@ -40,4 +40,7 @@ def test_files_hold_larger_new_sets_with_their_sentences(tmp_path):
     assert (tmp_path / "more.tgt").read_text() == "A dog runs and catches a ball in the park.\n"
     (tmp_path / "test.src").write_text(f"{made[0]}\n")   # a set that test has
     failed = subprocess.run(run, capture_output=True, text=True)
+    (tmp_path / "test.src").unlink()
+    missing = subprocess.run(run, capture_output=True, text=True)
+    assert missing.returncode and missing.stderr.startswith(f"no test.src in {tmp_path}")
     assert failed.returncode and "no new sets" in failed.stderr

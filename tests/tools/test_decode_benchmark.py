@@ -19,7 +19,7 @@ def decode():
 def result(contender, speed, done=True, candidates=10, steps=20, size="iwslt14", batch=8):
     return {"size": size, "real": False, "batch": batch, "candidates": candidates, "steps": steps, "contender": contender,
             "sentences_per_second": speed, "seconds_per_run": batch / speed if done else None,
-            "peak_mb": 100.0 if done else None}
+            "peak_mb": 100.0 if done else None, "device": "cpu"}
 
 
 def test_what_ran_out_of_time_stops_only_larger_cases_of_its_contender(decode):
@@ -40,9 +40,18 @@ def test_the_table_gives_bounds_where_time_ran_out(decode):
     assert rows[1].endswith("| < 0.25 |  |  |  |") and rows[3].endswith("| < 0.20 |  |  |  |")
 
 
+def test_a_case_past_its_limit_has_a_bound_and_one_that_fails_says_why(decode, capsys):
+    case = {"size": "iwslt14", "batch": 1, "candidates": 1, "steps": 2, "real": False, "contender": "pydiffseq float32",
+            "official": None, "seconds": 60.0, "device": "cpu"}   # repeats for a minute
+    late = decode.in_a_process(case, limit=0.2)
+    assert late["sentences_per_second"] == 5 and late["seconds_per_run"] is None
+    assert decode.in_a_process(case | {"size": "wmt"}, limit=None) is None
+    assert "pydiffseq float32 failed: KeyError: 'wmt'" in capsys.readouterr().err
+
+
 def test_results_that_are_there_are_not_measured_again(tmp_path):
     kept = tmp_path / "kept.json"
-    made = {**result("pydiffseq float32", 123.0, candidates=1, steps=2, batch=1), "device": "cpu"}
+    made = result("pydiffseq float32", 123.0, candidates=1, steps=2, batch=1)
     kept.write_text(json.dumps([made]))
     command = [sys.executable, str(SCRIPT), "--sizes", "iwslt14", "--batches", "1", "--candidates", "1", "--steps", "2",
                "--contenders", "pydiffseq float32", "--json", str(kept)]
