@@ -35,9 +35,19 @@ def test_what_ran_out_of_time_stops_only_larger_cases_of_its_contender(decode):
 def test_the_table_gives_bounds_where_time_ran_out(decode):
     results = [result("pydiffseq float32", 1.0), result("official float32", 0.25, done=False),
                result("transformer float32", 0.5), result("pydiffseq bfloat16", 0.2, done=False)]
-    rows = decode.table(results).splitlines()[2:]
-    assert rows[0].endswith("| 1.00 | 100 | > 4.00 | 2.00 |")
-    assert rows[1].endswith("| < 0.25 |  |  |  |") and rows[3].endswith("| < 0.20 |  |  |  |")
+    head, _, row = decode.table(results).splitlines()
+    assert head.endswith("| steps | pydiffseq float32 | official float32 | transformer float32 | pydiffseq bfloat16 "
+                         "| x official | x Transformer | MB |")
+    assert row == "| iwslt14 | padded | 8 | 10 | 20 | 1 | < 0.25 | 0.5 | < 0.2 | > 4 / - | 2 / - | 100 / - / 100 / - |"
+
+
+def test_the_transformer_has_a_row_where_it_is_alone_and_the_fastest_one_counts(decode):
+    results = [result("transformer float16", 2.0), result("transformer float32", 1.0)]
+    assert decode.table(results).splitlines()[2:] == ["| iwslt14 | padded | 8 |  |  | 2 | 1 |  |  | 100 / 100 |"]
+    ours = [result("pydiffseq float16", 6.789, steps=3), result("pydiffseq float16", 1234.5, steps=2)]
+    assert decode.table([*results, *ours]).splitlines()[2:] == [
+        "| iwslt14 | padded | 8 | 10 | 3 | 2 | 1 | 6.79 | - | 3.39 | 100 / 100 / 100 |",
+        "| iwslt14 | padded | 8 | 10 | 2 | 2 | 1 | 1230 | - | 617 | 100 / 100 / 100 |"]
 
 
 def test_a_case_past_its_limit_has_a_bound_and_one_that_fails_says_why(decode, capsys):
@@ -51,9 +61,9 @@ def test_a_case_past_its_limit_has_a_bound_and_one_that_fails_says_why(decode, c
 
 def test_results_that_are_there_are_not_measured_again(tmp_path):
     kept = tmp_path / "kept.json"
-    made = result("pydiffseq float32", 123.0, candidates=1, steps=2, batch=1)
+    made = result("pydiffseq float32", 123.4, candidates=1, steps=2, batch=1)
     kept.write_text(json.dumps([made]))
     command = [sys.executable, str(SCRIPT), "--sizes", "iwslt14", "--batches", "1", "--candidates", "1", "--steps", "2",
                "--contenders", "pydiffseq float32", "--json", str(kept)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "123.00" in done.stdout and json.loads(kept.read_text()) == [made]
+    assert "| 123 |" in done.stdout and json.loads(kept.read_text()) == [made]
