@@ -2,7 +2,8 @@
 
 Candidates come from fairseq-generate or fairseq-interactive with --nbest, from a file with a JSON list of strings per
 line, or from several files with one hypothesis per line (plain, or DiffuSeq's JSON objects with "recover"). One line per
-sentence is written, in the order of the sentences. As published: DiffuSeq --smoothing method4; AR-Diffusion
+sentence is written, in the order of the sentences; with --sources also what was translated, so that both are parallel
+text from which another network can learn (distillation). As published: DiffuSeq --smoothing method4; AR-Diffusion
 --smoothing add1_all --direction reference --tokenize 13a --lowercase.
 """
 
@@ -28,6 +29,7 @@ TOKENIZERS = ("none", "13a", "intl", "char", "zh")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_input_arguments(parser)
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="file to write (default: standard output)")
+    parser.add_argument("--sources", type=Path, metavar="FILE", help="also write the sources, a line for each sentence")
     add_selection_arguments(parser, "--")
 
 
@@ -98,9 +100,23 @@ def write_lines(lines: Sequence[str], path: Path | None) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def source_of(sentence: Sentence, files: Sequence[Path]) -> str:
+    if sentence.source is None:
+        raise InputError(f"--sources: sentence {sentence.number} of {files[0]} has no source; S- lines of fairseq-generate "
+                         "and DiffuSeq's JSON lines have one")
+    return sentence.source
+
+
 def run(args: argparse.Namespace) -> int:
     choose = selection(args)
     # Only what was chosen is kept: it is written when all the input has proved whole, ordered by sentence.
-    chosen = {sentence.number: sentence.candidates[choose(sentence.candidates)] for sentence in sentences(args, "mbr")}
+    chosen: dict[int, str] = {}
+    sources: dict[int, str] = {}
+    for sentence in sentences(args, "mbr"):
+        chosen[sentence.number] = sentence.candidates[choose(sentence.candidates)]
+        if args.sources:
+            sources[sentence.number] = source_of(sentence, args.files)
+    if args.sources:
+        write_lines([sources[number] for number in sorted(sources)], args.sources)
     write_lines([chosen[number] for number in sorted(chosen)], args.output)
     return 0

@@ -70,6 +70,18 @@ def test_options_reach_the_choice(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == ["a b c d x!", "two words!", "same!"]   # "e!" is not "e"
 
 
+def test_sources_and_choices_are_parallel(tmp_path, capsys):
+    path, sources, out = tmp_path / "generate.txt", tmp_path / "text.de", tmp_path / "text.en"
+    path.write_text("".join(f"S-{i}\tQuelle {i}\nT-{i}\tr\nH-{i}\t-1\tsource {i}\n" for i in (2, 0, 1)))
+    assert main(["mbr", str(path), "--quiet", "--sources", str(sources), "-o", str(out)]) == 0
+    assert sources.read_text().splitlines() == [f"Quelle {i}" for i in range(3)]
+    assert out.read_text().splitlines() == [f"source {i}" for i in range(3)]
+    assert not capsys.readouterr().out
+    plain = write(tmp_path, "json")
+    assert main(["mbr", *plain, "--quiet", "--sources", str(tmp_path / "none")]) == 2
+    assert "--sources: sentence 0 of" in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize(("files", "words", "message"), [
     ({"a": fairseq((0, 2))}, [], "a:12 is the block of sentence 2, but no block of sentence 1 is there"),
     ({"a": "S-0\tx\nH-0\t-1\ty\nS-1\tz\n"}, [], "a:3 begins a block of sentence 1 without H- lines"),
