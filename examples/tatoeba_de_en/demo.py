@@ -18,7 +18,7 @@ import sacrebleu
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-DATA = Path("work/tatoeba")
+DATA = Path("work/tatoeba_distilled")
 MODEL = HERE / "model"
 BIN = Path(sys.executable).parent
 SHOWN = 10
@@ -70,8 +70,8 @@ def prepare() -> None:
         return
     command = ["pydiffseq", "prepare", "-s", "de", "-t", "en", "--destdir", str(DATA),
                "--sentencepiece-model", str(HERE.relative_to(ROOT) / "sentencepiece.model")]
-    for split in ("train", "valid", "test"):
-        command += [f"--{split}pref", str(HERE.relative_to(ROOT) / split)]
+    for split, name in (("train", "distilled"), ("valid", "valid"), ("test", "test")):
+        command += [f"--{split}pref", str(HERE.relative_to(ROOT) / name)]
     subprocess.run(show(command), check=True, cwd=ROOT, env=environment())
 
 
@@ -140,7 +140,7 @@ def main() -> None:
     prepare()
     heading("translate the test set with the shipped model (about a minute)")
     translate(MODEL / "checkpoint.pt", args.decode)
-    heading(f"train from scratch for {args.minutes:g} minutes")
+    heading(f"train from scratch for {args.minutes:g} minutes, on what a Transformer wrote for the German of train")
     checkpoint = train(args.minutes, Path("work/demo_checkpoints"))
     heading("translate the test set with the model just trained")
     score = translate(checkpoint, args.decode)

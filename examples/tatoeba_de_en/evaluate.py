@@ -13,14 +13,15 @@ from pathlib import Path
 from demo import MODEL, ROOT, generate, prepare, sacrebleu_score
 
 STEPS = (2, 3, 5, 10, 20, 100)
-# Candidates as (lengths, noises); the curve over steps has one.
-BEAMS = ((1, 1), (3, 1), (3, 2), (5, 4))
+UNROUNDED_STEPS = (3, 10)
+# (steps, lengths, noises); the curves over steps have one candidate.
+BEAMS = ((3, 3, 1), (3, 3, 2), (10, 3, 2), (3, 5, 4))
 
 
 def cases() -> list[tuple[int, int, int, str]]:
     """(steps, length beam, noise beam, rounding) of every row."""
-    curve = [(steps, 1, 1, rounding) for rounding in ("every", "off") for steps in STEPS]
-    return curve + [(3, lengths, noises, "every") for lengths, noises in BEAMS[1:]]
+    curves = [(steps, 1, 1, "every") for steps in STEPS] + [(steps, 1, 1, "off") for steps in UNROUNDED_STEPS]
+    return curves + [(*beam, "every") for beam in BEAMS]
 
 
 def main() -> None:
