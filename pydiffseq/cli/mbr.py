@@ -108,6 +108,8 @@ def source_of(sentence: Sentence, files: Sequence[Path]) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.sources and args.output and args.sources.resolve() == args.output.resolve():
+        raise InputError(f"--sources and --output must be two files, got {args.output} for both")
     choose = selection(args)
     # Only what was chosen is kept: it is written when all the input has proved whole, ordered by sentence.
     chosen: dict[int, str] = {}

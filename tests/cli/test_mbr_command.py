@@ -77,6 +77,8 @@ def test_sources_and_choices_are_parallel(tmp_path, capsys):
     assert sources.read_text().splitlines() == [f"Quelle {i}" for i in range(3)]
     assert out.read_text().splitlines() == [f"source {i}" for i in range(3)]
     assert not capsys.readouterr().out
+    assert main(["mbr", str(path), "--quiet", "--sources", str(out), "-o", str(out)]) == 2
+    assert "must be two files" in capsys.readouterr().err and out.read_text().startswith("source 0")
     plain = write(tmp_path, "json")
     assert main(["mbr", *plain, "--quiet", "--sources", str(tmp_path / "none")]) == 2
     assert "--sources: sentence 0 of" in capsys.readouterr().err and not (tmp_path / "none").exists()
